@@ -1,0 +1,3 @@
+//! One virtual machine, jailed.
+
+fn main() {}

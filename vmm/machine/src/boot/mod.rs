@@ -1,0 +1,1 @@
+//! From a kernel file to a processor that is about to run it.

@@ -1,0 +1,1 @@
+//! Typed messages with descriptors over a `SOCK_SEQPACKET` socket.

@@ -1,0 +1,80 @@
+//! What a machine is made of, as the supervisor tells `hull-vmm`.
+
+use serde::{Deserialize, Serialize};
+
+/// Position of a descriptor among those sent with the configuration message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FdIndex(pub u16);
+
+/// A machine, whole and before its first instruction. Nothing is added later.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MachineConfig {
+    /// Virtual processors, 1 to 64.
+    pub vcpus: u8,
+    /// Guest memory in MiB, 64 to 1 TiB.
+    pub memory_mib: u64,
+    /// `/dev/kvm`, open for reading and writing.
+    pub kvm: FdIndex,
+    /// An ELF kernel with a PVH note (see [`crate::boot::kernel`]).
+    pub kernel: FdIndex,
+    /// The initial RAM file system, in any form that the kernel unpacks.
+    pub initramfs: Option<FdIndex>,
+    /// The kernel's command line, at most 2047 bytes of ASCII.
+    pub cmdline: String,
+    pub console: ConsoleConfig,
+    pub shares: Vec<ShareConfig>,
+    pub blocks: Vec<BlockConfig>,
+    pub vsock: Option<VsockConfig>,
+}
+
+/// The guest's `hvc0`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ConsoleConfig {
+    /// Where output goes: a pipe, written without blocking; what doesn't fit is
+    /// dropped, so that a reader which is slow or gone never stops the guest.
+    pub output: FdIndex,
+}
+
+/// A directory tree for the guest (virtio-fs).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ShareConfig {
+    /// The mount tag, 1 to 36 bytes.
+    pub tag: String,
+    /// The directory, an `O_PATH` descriptor on the supervisor's mount.
+    pub root: FdIndex,
+    /// Refuse every change, whatever the guest's mount flags say.
+    pub read_only: bool,
+    pub cache: CachePolicy,
+}
+
+/// How long the guest may believe what it has read of a share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CachePolicy {
+    /// Nothing is kept: host changes are seen at once.
+    Never,
+    /// Attributes and names for a second, data until the file is opened again.
+    #[default]
+    Auto,
+    /// For trees that nobody else changes.
+    Always,
+}
+
+/// A raw disk (virtio-blk). The format is never guessed from the content.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BlockConfig {
+    /// `VIRTIO_BLK_T_GET_ID` answer, at most 20 bytes.
+    pub id: String,
+    pub disk: FdIndex,
+    pub read_only: bool,
+}
+
+/// The guest's socket address family to its supervisor (virtio-vsock).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VsockConfig {
+    /// The guest's context id, 3 or more.
+    pub cid: u32,
+    /// Host ports that the guest may connect to; each such connection reaches
+    /// the supervisor as [`crate::control::Event::GuestConnection`].
+    pub guest_ports: Vec<u32>,
+}

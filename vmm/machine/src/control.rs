@@ -1,0 +1,71 @@
+//! The messages between a supervisor and its `hull-vmm`.
+//!
+//! They travel over one [`crate::channel::Channel`] (a `SOCK_SEQPACKET` pair made before
+//! the process starts), JSON by serde, with descriptors attached.
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::MachineConfig;
+
+/// From the supervisor.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Request {
+    /// The first message, once, with all descriptors that the configuration names.
+    Boot(MachineConfig),
+    /// Connect to a port in the guest. Attached: one end of a `SOCK_STREAM` pair,
+    /// which becomes the connection. Answered by [`Event::Connected`].
+    Connect { id: u64, port: u32 },
+    /// End the machine at once, as a power cut would.
+    Stop,
+}
+
+/// From `hull-vmm`.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Event {
+    /// Jailed, and about to run the guest's first instruction.
+    Running,
+    /// How [`Request::Connect`] went.
+    Connected {
+        id: u64,
+        result: Result<(), ConnectRefused>,
+    },
+    /// The guest connected to `port` of the host. Attached: the stream.
+    GuestConnection { port: u32 },
+    /// The machine has ended; the process exits after this.
+    Ended(ExitReason),
+}
+
+/// Why the guest did not take a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum ConnectRefused {
+    #[error("nothing listens on that port in the guest")]
+    Reset,
+    #[error("the guest's vsock driver is not up")]
+    NoDriver,
+    #[error("too many connections are open")]
+    TooMany,
+}
+
+/// Why a machine ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum ExitReason {
+    #[error("the guest powered off")]
+    PowerOff,
+    #[error("the guest asked for a reset")]
+    Reset,
+    #[error("the guest kernel panicked")]
+    Panic,
+    #[error("a processor of the guest triple-faulted")]
+    TripleFault,
+    #[error("the supervisor stopped the machine")]
+    Stopped,
+    /// The machine could not be made or could not go on.
+    #[error("{0}")]
+    Failed(String),
+    /// `hull-vmm` was killed before it could say why.
+    #[error("hull-vmm was killed by signal {0}")]
+    Killed(i32),
+    /// `hull-vmm` exited before it could say why.
+    #[error("hull-vmm exited with status {0}")]
+    Exited(i32),
+}

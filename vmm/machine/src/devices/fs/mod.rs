@@ -1,0 +1,1 @@
+//! virtio-fs: a share served from this process.

@@ -1,0 +1,7 @@
+//! The virtio devices. Each has the same rooms: device, queue handling, requests.
+
+pub mod block;
+pub mod console;
+pub mod fs;
+pub mod rng;
+pub mod vsock;

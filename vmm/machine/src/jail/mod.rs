@@ -1,0 +1,1 @@
+//! What `hull-vmm` gives up before the guest runs.

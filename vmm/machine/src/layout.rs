@@ -1,0 +1,64 @@
+//! Guest physical addresses, all of them.
+//!
+//! ```text
+//! 0                          RAM (low)
+//! 0xC000_0000  MMIO gap      32-bit PCI BAR window, 512 MiB
+//! 0xE000_0000                PCI ECAM, one bus, 1 MiB
+//! 0xFEE0_0000                local APIC (KVM's)
+//! 0xFFFB_C000                KVM's TSS and identity map (Intel)
+//! 0x1_0000_0000              RAM (high)
+//! after RAM                  64-bit PCI BAR window
+//! ```
+
+/// End of low RAM and start of the gap for devices.
+pub const LOW_RAM_END: u64 = 0xC000_0000;
+/// First address of RAM past the gap.
+pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
+
+/// 32-bit PCI memory window.
+pub const PCI_MMIO32_START: u64 = 0xC000_0000;
+/// Its size in bytes.
+pub const PCI_MMIO32_SIZE: u64 = 0x2000_0000;
+
+/// Memory-mapped configuration space (PCI Firmware Specification 3.3, MCFG): bus 0 only.
+pub const PCI_ECAM_START: u64 = 0xE000_0000;
+/// 32 devices of 8 functions of 4 KiB.
+pub const PCI_ECAM_SIZE: u64 = 0x10_0000;
+
+/// Local APIC, where the architecture has it.
+pub const LOCAL_APIC: u64 = 0xFEE0_0000;
+
+/// KVM needs three pages for a task state segment on Intel processors.
+pub const KVM_TSS: u64 = 0xFFFB_D000;
+/// And one for an identity page table.
+pub const KVM_IDENTITY_MAP: u64 = 0xFFFB_C000;
+
+/// `hvm_start_info` of the PVH boot protocol.
+pub const PVH_START_INFO: u64 = 0x6000;
+/// Its memory map.
+pub const PVH_MEMMAP: u64 = 0x7000;
+/// Its module list.
+pub const PVH_MODULES: u64 = 0x6040;
+/// Global descriptor table of the boot processor.
+pub const BOOT_GDT: u64 = 0x500;
+/// Kernel command line.
+pub const CMDLINE: u64 = 0x2_0000;
+/// Its largest size, with the final NUL, in bytes.
+pub const CMDLINE_MAX: usize = 2048;
+/// RSDP; the other ACPI tables follow. In the BIOS area, which is reserved in the memory map.
+pub const ACPI_START: u64 = 0xE_0000;
+/// End of the BIOS area.
+pub const ACPI_END: u64 = 0x10_0000;
+/// Kernels are loaded from here on.
+pub const HIGH_MEMORY: u64 = 0x10_0000;
+
+/// Sleep control register (ACPI 6.5, section 4.8.3.7); hardware-reduced power-off.
+pub const ACPI_SLEEP_CONTROL_PORT: u16 = 0x600;
+/// Sleep status register.
+pub const ACPI_SLEEP_STATUS_PORT: u16 = 0x601;
+/// Reset register (ACPI 6.5, section 4.8.3.6).
+pub const ACPI_RESET_PORT: u16 = 0x602;
+/// Value that resets.
+pub const ACPI_RESET_VALUE: u8 = 1;
+/// The pvpanic device (QEMU's specification, ACPI id QEMU0001).
+pub const PVPANIC_PORT: u16 = 0x505;

@@ -1,0 +1,1 @@
+//! The PCI root, its configuration space, and virtio devices on it.

@@ -1,0 +1,67 @@
+//! What every virtio device is to the transport, and what it is given.
+//!
+//! A device is configured by the transport alone. At `DRIVER_OK` the transport
+//! checks the queues, freezes them into [`ActiveQueue`]s and hands them over by
+//! value: no register that the guest can still write reaches a running queue.
+
+use std::sync::Arc;
+
+use virtio_queue::Queue;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Raises one interrupt of one device. The transport implements it (MSI-X by irqfd).
+pub trait Interrupt: Send + Sync + std::fmt::Debug {
+    /// Signals the guest. Never blocks.
+    fn signal(&self) -> std::io::Result<()>;
+}
+
+/// A queue that the driver has set up and can no longer change.
+#[derive(Debug)]
+pub struct ActiveQueue {
+    /// Its number in the device (Virtio 1.2, section 5).
+    pub index: u16,
+    /// Checked (`is_valid`) against the guest's memory.
+    pub queue: Queue,
+    /// Readable when the driver has notified this queue (ioeventfd).
+    pub kick: EventFd,
+    /// Signals used buffers on this queue.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// All that a device needs to run.
+#[derive(Debug)]
+pub struct Activation {
+    pub memory: GuestMemoryMmap,
+    /// The feature bits that the driver accepted, a subset of [`VirtioDevice::features`].
+    pub features: u64,
+    /// The enabled queues, by rising index; those the driver left out are absent.
+    pub queues: Vec<ActiveQueue>,
+    /// Signals a change of the device's configuration.
+    pub config_interrupt: Arc<dyn Interrupt>,
+}
+
+/// A virtio device, without its transport.
+pub trait VirtioDevice: Send + std::fmt::Debug {
+    /// Device id (Virtio 1.2, section 5), for example 26 for a file system.
+    fn device_type(&self) -> u32;
+
+    /// Maximum size of each queue, each a power of two up to 1024.
+    fn queue_max_sizes(&self) -> &[u16];
+
+    /// Offered feature bits. `VIRTIO_F_VERSION_1` is the transport's to add.
+    fn features(&self) -> u64;
+
+    /// Reads device configuration. Bytes past its end stay zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes device configuration. Ignored unless a device says otherwise.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// Starts the device's threads. An error sets `DEVICE_NEEDS_RESET`.
+    fn activate(&mut self, activation: Activation) -> std::io::Result<()>;
+
+    /// Ends the device's threads and drops its queues before it returns, so that no
+    /// access to guest memory is under way afterwards. A device may be activated again.
+    fn reset(&mut self);
+}

@@ -1,0 +1,3 @@
+//! Virtio: what a device is, apart from its transport.
+
+pub mod device;

@@ -1,0 +1,1 @@
+//! Builds a machine and runs it to its end.

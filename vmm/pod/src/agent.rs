@@ -1,0 +1,1 @@
+//! The supervisor's side of the agent: calls over the machine's vsock, and stdio streams.

@@ -1,0 +1,1 @@
+//! Asks a running pod's supervisor over its socket.

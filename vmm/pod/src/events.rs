@@ -1,0 +1,1 @@
+//! What happened to a pod, one JSON object a line.

@@ -1,0 +1,1 @@
+//! The local image store: load, list, remove, and layers unpacked once.

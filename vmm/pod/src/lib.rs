@@ -1,0 +1,12 @@
+//! A pod: a machine, its infra namespaces and its containers.
+
+pub mod agent;
+pub mod client;
+pub mod events;
+pub mod images;
+pub mod logs;
+pub mod manifest;
+pub mod oci;
+pub mod state;
+pub mod supervisor;
+pub mod volumes;

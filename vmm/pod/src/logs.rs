@@ -1,0 +1,1 @@
+//! Container output on disk, in the format of Kubernetes' container logs.

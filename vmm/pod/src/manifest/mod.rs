@@ -1,0 +1,1 @@
+//! Pod manifests: read, checked, and every fault named by file, field and value.

@@ -1,0 +1,1 @@
+//! A pod's directories and its state on disk.

@@ -1,0 +1,1 @@
+//! Volumes and root file systems: assembled on the host, bound under the pod's share.
