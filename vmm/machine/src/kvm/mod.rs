@@ -1,1 +1,3 @@
-//! The virtual machine and its processors, as KVM has them.
+//! KVM: the VM, its processors, and what they are told about themselves.
+
+pub mod ending;
