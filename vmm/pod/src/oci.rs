@@ -1,1 +1,0 @@
-//! The OCI runtime specification of a container, from its manifest and image.

@@ -1,1 +1,0 @@
-//! Volumes and root file systems: assembled on the host, bound under the pod's share.
