@@ -9,4 +9,5 @@ pub mod manifest;
 pub mod oci;
 pub mod state;
 pub mod supervisor;
+pub mod text;
 pub mod volumes;
