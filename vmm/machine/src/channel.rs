@@ -1,1 +1,406 @@
 //! Typed messages with descriptors over a `SOCK_SEQPACKET` socket.
+//!
+//! One message is one packet: JSON, and the descriptors that belong to it. Both
+//! ends bound what they take, and every descriptor that a message should not have
+//! brought is closed. A peer is never trusted for more than that.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::Mode;
+use rustix::net::sockopt::socket_peercred;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+    UCred,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::io::unix::AsyncFd;
+
+/// Largest message in bytes; a longer one is refused by both ends.
+pub const MAX_MESSAGE: usize = 64 * 1024;
+/// Most descriptors with one message. The kernel's own bound is 253.
+pub const MAX_DESCRIPTORS: usize = 128;
+
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 16;
+
+/// What travels over a channel.
+pub trait Message: Serialize + DeserializeOwned {
+    /// How many descriptors belong to this message, no more and no fewer.
+    fn descriptors(&self) -> usize;
+}
+
+/// Why a message could not be sent or received. The channel is of no more use then,
+/// but for [`Self::TooLong`] and [`Self::Descriptors`] when sending, and [`Self::Full`].
+#[derive(Debug, thiserror::Error)]
+pub enum ChannelError {
+    #[error("sending a message")]
+    Send(#[source] io::Error),
+    #[error("receiving a message")]
+    Receive(#[source] io::Error),
+    #[error("the peer does not read its messages")]
+    Full,
+    #[error("a message is longer than {MAX_MESSAGE} bytes")]
+    TooLong,
+    #[error("a message came with more than {MAX_DESCRIPTORS} descriptors")]
+    TooManyDescriptors,
+    #[error("a message that needs {expected} descriptors has {found}")]
+    Descriptors { expected: usize, found: usize },
+    #[error("a message that this program doesn't understand")]
+    Format(#[source] serde_json::Error),
+}
+
+/// Why a socket could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    #[error(
+        "the socket path {path:?} has {length} bytes, more than the kernel's 107; choose a shorter directory"
+    )]
+    PathTooLong { path: PathBuf, length: usize },
+    #[error("making a socket")]
+    Create(#[source] io::Error),
+    #[error("listening on {path:?}")]
+    Listen {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("connecting to {path:?}")]
+    Connect {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("accepting a connection")]
+    Accept(#[source] io::Error),
+}
+
+/// A channel whose calls block.
+#[derive(Debug)]
+pub struct Channel(OwnedFd);
+
+impl Channel {
+    /// Takes over a connected `SOCK_SEQPACKET` socket in blocking mode.
+    pub fn new(socket: OwnedFd) -> Self {
+        Self(socket)
+    }
+
+    /// Two connected ends, both closed on exec.
+    ///
+    /// # Errors
+    /// When the process or the system is out of descriptors or memory.
+    pub fn pair() -> io::Result<(Self, Self)> {
+        let (one, other) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        Ok((Self(one), Self(other)))
+    }
+
+    /// Connects to a [`Listener`]'s path.
+    ///
+    /// # Errors
+    /// When nobody listens there, or this user may not connect.
+    pub fn connect(path: &Path) -> Result<Self, SocketError> {
+        let address = address(path)?;
+        let socket = socket(SocketFlags::CLOEXEC)?;
+        rustix::net::connect(&socket, &address).map_err(|error| SocketError::Connect {
+            path: path.to_owned(),
+            source: error.into(),
+        })?;
+        Ok(Self(socket))
+    }
+
+    /// Sends a message, and waits for room in the socket.
+    ///
+    /// # Errors
+    /// See [`ChannelError`].
+    pub fn send<M: Message>(
+        &self,
+        message: &M,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), ChannelError> {
+        send(
+            self.0.as_fd(),
+            &encode(message, descriptors)?,
+            descriptors,
+            SendFlags::empty(),
+        )
+        .map_err(ChannelError::Send)
+    }
+
+    /// Sends a message if there is room in the socket.
+    ///
+    /// # Errors
+    /// [`ChannelError::Full`] when there is none; see [`ChannelError`].
+    pub fn try_send<M: Message>(
+        &self,
+        message: &M,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), ChannelError> {
+        send(
+            self.0.as_fd(),
+            &encode(message, descriptors)?,
+            descriptors,
+            SendFlags::DONTWAIT,
+        )
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::WouldBlock => ChannelError::Full,
+            _ => ChannelError::Send(error),
+        })
+    }
+
+    /// Waits for a message. `None`: the peer has closed its end.
+    ///
+    /// # Errors
+    /// See [`ChannelError`].
+    pub fn receive<M: Message>(&self) -> Result<Option<(M, Vec<OwnedFd>)>, ChannelError> {
+        decode(receive(self.0.as_fd()).map_err(ChannelError::Receive)?)
+    }
+
+    /// The process that made the other end.
+    ///
+    /// # Errors
+    /// When the socket isn't connected.
+    pub fn peer(&self) -> io::Result<UCred> {
+        Ok(socket_peercred(&self.0)?)
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl From<Channel> for OwnedFd {
+    fn from(channel: Channel) -> Self {
+        channel.0
+    }
+}
+
+/// A channel for tasks. May be shared: messages are whole whoever sends them.
+#[derive(Debug)]
+pub struct AsyncChannel(AsyncFd<OwnedFd>);
+
+impl AsyncChannel {
+    /// Makes a channel's socket non-blocking and registers it with the running tokio runtime.
+    ///
+    /// # Errors
+    /// When the runtime can't watch it.
+    pub fn new(channel: Channel) -> io::Result<Self> {
+        rustix::io::ioctl_fionbio(&channel.0, true)?;
+        Ok(Self(watch(channel.0)?))
+    }
+
+    /// See [`Channel::connect`]. A full backlog is an error, too, not a wait.
+    ///
+    /// # Errors
+    /// When nobody listens there, or this user may not connect.
+    pub fn connect(path: &Path) -> Result<Self, SocketError> {
+        Self::new(Channel::connect(path)?).map_err(SocketError::Create)
+    }
+
+    /// See [`Channel::send`]. Dropping the future sends all of the message or nothing.
+    ///
+    /// # Errors
+    /// See [`ChannelError`].
+    pub async fn send<M: Message>(
+        &self,
+        message: &M,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), ChannelError> {
+        let bytes = encode(message, descriptors)?;
+        loop {
+            let mut ready = self.0.writable().await.map_err(ChannelError::Send)?;
+            let sent = ready
+                .try_io(|socket| send(socket.as_fd(), &bytes, descriptors, SendFlags::DONTWAIT));
+            if let Ok(result) = sent {
+                return result.map_err(ChannelError::Send);
+            }
+        }
+    }
+
+    /// See [`Channel::receive`]. Dropping the future loses no message.
+    ///
+    /// # Errors
+    /// See [`ChannelError`].
+    pub async fn receive<M: Message>(&self) -> Result<Option<(M, Vec<OwnedFd>)>, ChannelError> {
+        loop {
+            let mut ready = self.0.readable().await.map_err(ChannelError::Receive)?;
+            if let Ok(packet) = ready.try_io(|socket| receive(socket.as_fd())) {
+                return decode(packet.map_err(ChannelError::Receive)?);
+            }
+        }
+    }
+
+    /// See [`Channel::peer`].
+    ///
+    /// # Errors
+    /// When the socket isn't connected.
+    pub fn peer(&self) -> io::Result<UCred> {
+        Ok(socket_peercred(self.0.get_ref())?)
+    }
+}
+
+/// A socket in the file system that takes connections of its own user and of root.
+#[derive(Debug)]
+pub struct Listener(AsyncFd<OwnedFd>);
+
+impl Listener {
+    /// Listens on a path that does not exist yet, with mode 0600 from the start.
+    ///
+    /// # Errors
+    /// When the path exists or can't be made, or the runtime can't watch the socket.
+    pub fn bind(path: &Path) -> Result<Self, SocketError> {
+        let address = address(path)?;
+        let socket = socket(SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)?;
+        let listen = || -> io::Result<()> {
+            // The file takes the socket's mode (unix(7)), so it is never open to others.
+            rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+            rustix::net::bind(&socket, &address)?;
+            rustix::net::listen(&socket, BACKLOG)?;
+            Ok(())
+        };
+        listen().map_err(|source| SocketError::Listen {
+            path: path.to_owned(),
+            source,
+        })?;
+        watch(socket).map(Self).map_err(SocketError::Create)
+    }
+
+    /// Waits for a connection. Peers of other users are turned away.
+    ///
+    /// # Errors
+    /// When the process or the system is out of descriptors or memory.
+    pub async fn accept(&self) -> Result<AsyncChannel, SocketError> {
+        let own = rustix::process::geteuid();
+        loop {
+            let mut ready = self.0.readable().await.map_err(SocketError::Accept)?;
+            let accepted = ready.try_io(|socket| {
+                rustix::net::accept_with(socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
+                    .map_err(io::Error::from)
+            });
+            let Ok(socket) = accepted else { continue };
+            let socket = socket.map_err(SocketError::Accept)?;
+            let peer = socket_peercred(&socket).map_err(|e| SocketError::Accept(e.into()))?;
+            if peer.uid == own || peer.uid.is_root() {
+                return AsyncChannel::new(Channel(socket)).map_err(SocketError::Accept);
+            }
+        }
+    }
+}
+
+/// Registers a descriptor with the running tokio runtime.
+pub(crate) fn watch(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` keeps the one descriptor open as long as it lives, and
+    // nobody gets it out of the `AsyncFd` without ending the registration.
+    Ok(unsafe { AsyncFd::register(descriptor) }?)
+}
+
+fn address(path: &Path) -> Result<SocketAddrUnix, SocketError> {
+    SocketAddrUnix::new(path).map_err(|_| SocketError::PathTooLong {
+        path: path.to_owned(),
+        length: path.as_os_str().len(),
+    })
+}
+
+fn socket(flags: SocketFlags) -> Result<OwnedFd, SocketError> {
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
+        .map_err(|error| SocketError::Create(error.into()))
+}
+
+fn encode<M: Message>(
+    message: &M,
+    descriptors: &[BorrowedFd<'_>],
+) -> Result<Vec<u8>, ChannelError> {
+    let expected = message.descriptors();
+    if expected != descriptors.len() {
+        return Err(ChannelError::Descriptors {
+            expected,
+            found: descriptors.len(),
+        });
+    }
+    if expected > MAX_DESCRIPTORS {
+        return Err(ChannelError::TooManyDescriptors);
+    }
+    let bytes = serde_json::to_vec(message).map_err(ChannelError::Format)?;
+    if bytes.len() > MAX_MESSAGE {
+        return Err(ChannelError::TooLong);
+    }
+    Ok(bytes)
+}
+
+fn send(
+    socket: BorrowedFd<'_>,
+    bytes: &[u8],
+    descriptors: &[BorrowedFd<'_>],
+    flags: SendFlags,
+) -> io::Result<()> {
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let iov = [IoSlice::new(bytes)];
+    let flags = flags | SendFlags::NOSIGNAL;
+    rustix::io::retry_on_intr(|| rustix::net::sendmsg(socket, &iov, &mut control, flags))?;
+    Ok(())
+}
+
+/// A packet as it came, its descriptors already owned.
+struct Packet {
+    bytes: Vec<u8>,
+    descriptors: Vec<OwnedFd>,
+    flags: ReturnFlags,
+}
+
+fn receive(socket: BorrowedFd<'_>) -> io::Result<Packet> {
+    let mut bytes = vec![0; MAX_MESSAGE];
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut iov = [IoSliceMut::new(&mut bytes)];
+    let received = rustix::io::retry_on_intr(|| {
+        rustix::net::recvmsg(socket, &mut iov, &mut control, RecvFlags::CMSG_CLOEXEC)
+    })?;
+    let mut descriptors = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            descriptors.extend(rights);
+        }
+    }
+    bytes.truncate(received.bytes);
+    Ok(Packet {
+        bytes,
+        descriptors,
+        flags: received.flags,
+    })
+}
+
+fn decode<M: Message>(packet: Packet) -> Result<Option<(M, Vec<OwnedFd>)>, ChannelError> {
+    if packet.flags.contains(ReturnFlags::TRUNC) {
+        return Err(ChannelError::TooLong);
+    }
+    if packet.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(ChannelError::TooManyDescriptors);
+    }
+    // No message is empty, so this is the end of the stream.
+    if packet.bytes.is_empty() {
+        return Ok(None);
+    }
+    let message: M = serde_json::from_slice(&packet.bytes).map_err(ChannelError::Format)?;
+    let expected = message.descriptors();
+    if expected != packet.descriptors.len() {
+        return Err(ChannelError::Descriptors {
+            expected,
+            found: packet.descriptors.len(),
+        });
+    }
+    Ok(Some((message, packet.descriptors)))
+}

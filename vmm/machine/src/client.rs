@@ -1,1 +1,525 @@
 //! The supervisor's side of a machine: starts `hull-vmm`, talks to it, sees it end.
+//!
+//! `hull-vmm` is hostile from the guest's first instruction on. What it says is
+//! bounded and checked; what it is (alive, dead, and how) is asked of the kernel.
+//!
+//! The jailed process is a child of the calling process: nobody there may wait for
+//! "any child".
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
+use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::channel::{self, AsyncChannel, Channel, ChannelError};
+use crate::config::{
+    BlockConfig, CachePolicy, ConsoleConfig, FdIndex, MachineConfig, ShareConfig, VsockConfig,
+};
+use crate::control::{ConnectRefused, Event, ExitReason, Request};
+
+/// Guest connections that wait for the supervisor; more are closed at once.
+const WAITING_CONNECTIONS: usize = 64;
+/// Longest reason taken from `hull-vmm`, in characters.
+const REASON_CHARS: usize = 2000;
+
+/// A machine as the supervisor describes it, with the descriptors it hands over.
+#[derive(Debug)]
+pub struct MachineSpec {
+    config: MachineConfig,
+    descriptors: Vec<OwnedFd>,
+}
+
+impl MachineSpec {
+    /// One processor and 256 MiB of memory, a kernel, and a pipe for the guest's console.
+    pub fn new(
+        kvm: impl Into<OwnedFd>,
+        kernel: impl Into<OwnedFd>,
+        console: impl Into<OwnedFd>,
+    ) -> Self {
+        Self {
+            config: MachineConfig {
+                vcpus: 1,
+                memory_mib: 256,
+                kvm: FdIndex(0),
+                kernel: FdIndex(1),
+                initramfs: None,
+                cmdline: String::new(),
+                console: ConsoleConfig { output: FdIndex(2) },
+                shares: Vec::new(),
+                blocks: Vec::new(),
+                vsock: None,
+            },
+            descriptors: vec![kvm.into(), kernel.into(), console.into()],
+        }
+    }
+
+    #[must_use]
+    pub fn vcpus(mut self, vcpus: u8) -> Self {
+        self.config.vcpus = vcpus;
+        self
+    }
+
+    #[must_use]
+    pub fn memory_mib(mut self, memory_mib: u64) -> Self {
+        self.config.memory_mib = memory_mib;
+        self
+    }
+
+    #[must_use]
+    pub fn initramfs(mut self, initramfs: impl Into<OwnedFd>) -> Self {
+        self.config.initramfs = Some(self.attach(initramfs.into()));
+        self
+    }
+
+    #[must_use]
+    pub fn cmdline(mut self, cmdline: impl Into<String>) -> Self {
+        self.config.cmdline = cmdline.into();
+        self
+    }
+
+    /// Adds a directory tree. Mounts that the supervisor makes under `root` after
+    /// [`Machine::launch`] reach the guest if `root` lies on a shared mount; those
+    /// made while it runs may not.
+    #[must_use]
+    pub fn share(
+        mut self,
+        tag: impl Into<String>,
+        root: impl Into<OwnedFd>,
+        read_only: bool,
+        cache: CachePolicy,
+    ) -> Self {
+        let root = self.attach(root.into());
+        self.config.shares.push(ShareConfig {
+            tag: tag.into(),
+            root,
+            read_only,
+            cache,
+        });
+        self
+    }
+
+    #[must_use]
+    pub fn block(
+        mut self,
+        id: impl Into<String>,
+        disk: impl Into<OwnedFd>,
+        read_only: bool,
+    ) -> Self {
+        let disk = self.attach(disk.into());
+        self.config.blocks.push(BlockConfig {
+            id: id.into(),
+            disk,
+            read_only,
+        });
+        self
+    }
+
+    #[must_use]
+    pub fn vsock(mut self, cid: u32, guest_ports: Vec<u32>) -> Self {
+        self.config.vsock = Some(VsockConfig { cid, guest_ports });
+        self
+    }
+
+    fn attach(&mut self, descriptor: OwnedFd) -> FdIndex {
+        // More than the channel takes (and so more than fits) is refused when it is sent.
+        let index = u16::try_from(self.descriptors.len()).unwrap_or(u16::MAX);
+        self.descriptors.push(descriptor);
+        FdIndex(index)
+    }
+}
+
+/// A connection that the guest made.
+#[derive(Debug)]
+pub struct GuestConnection {
+    /// The host's port, one of [`VsockConfig::guest_ports`].
+    pub port: u32,
+    pub stream: UnixStream,
+}
+
+/// Why a machine does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    #[error("making the control socket of hull-vmm")]
+    Control(#[source] io::Error),
+    #[error("starting {binary:?}")]
+    Start {
+        binary: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("handing the machine over to hull-vmm")]
+    Channel(#[from] ChannelError),
+    #[error("hull-vmm ended before it was jailed ({0})")]
+    Launcher(ExitStatus),
+    #[error("hull-vmm said something else than that it is jailed: {0}")]
+    Unexpected(String),
+    #[error("the machine did not start")]
+    Ended(#[source] ExitReason),
+}
+
+/// Why there is no connection to the guest.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    #[error("port {port} of the guest")]
+    Refused {
+        port: u32,
+        #[source]
+        source: ConnectRefused,
+    },
+    #[error("making a connection to the guest")]
+    Socket(#[source] io::Error),
+    #[error("asking hull-vmm for a connection")]
+    Channel(#[from] ChannelError),
+    #[error("the machine has ended")]
+    Ended(#[source] ExitReason),
+}
+
+/// A running machine. Dropping it kills the machine.
+#[derive(Debug)]
+pub struct Machine {
+    pid: i32,
+    control: Arc<AsyncChannel>,
+    process: Arc<AsyncFd<OwnedFd>>,
+    connects: Arc<Connects>,
+    ended: watch::Receiver<Option<ExitReason>>,
+}
+
+impl Machine {
+    /// Starts `hull-vmm` and returns when the guest is about to run, with the
+    /// connections that the guest will make.
+    ///
+    /// Needs a tokio runtime with I/O, which must go on running for as long as the machine is used.
+    ///
+    /// # Errors
+    /// When the machine can't be made; nothing is left of it then.
+    pub async fn launch(
+        vmm_binary: &Path,
+        spec: MachineSpec,
+    ) -> Result<(Self, mpsc::Receiver<GuestConnection>), LaunchError> {
+        let (mut launcher, control) = start(vmm_binary)?;
+        let control = Arc::new(control);
+        let (pid, process) = jailed(&mut launcher, &control, spec).await?;
+        let process = Arc::new(channel::watch(process).map_err(LaunchError::Control)?);
+
+        let connects = Arc::new(Connects::default());
+        let (running, runs) = oneshot::channel();
+        let (guest_connections, accepted) = mpsc::channel(WAITING_CONNECTIONS);
+        let (end, ended) = watch::channel(None);
+        let follower = Follower {
+            control: Arc::clone(&control),
+            process: Arc::clone(&process),
+            connects: Arc::clone(&connects),
+            running: Some(running),
+            guest_connections,
+        };
+        // From here on the follower reaps the process, and dropping `machine` kills it.
+        tokio::spawn(follower.follow(end));
+        let machine = Self {
+            pid,
+            control,
+            process,
+            connects,
+            ended,
+        };
+
+        launcher.wait().await.map_err(LaunchError::Control)?;
+        match runs.await {
+            Ok(()) => Ok((machine, accepted)),
+            Err(_) => Err(LaunchError::Ended(machine.wait().await)),
+        }
+    }
+
+    /// The jailed process, in the caller's PID namespace.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Connects to a vsock port in the guest. Waits for the guest's answer: a guest
+    /// that never answers is the caller's to time out.
+    ///
+    /// # Errors
+    /// When the guest refuses, or the machine has ended.
+    pub async fn connect(&self, port: u32) -> Result<UnixStream, ConnectError> {
+        let (ours, theirs) = StdUnixStream::pair().map_err(ConnectError::Socket)?;
+        ours.set_nonblocking(true).map_err(ConnectError::Socket)?;
+        let stream = UnixStream::from_std(ours).map_err(ConnectError::Socket)?;
+
+        let pending = self.connects.begin();
+        let request = Request::Connect {
+            id: pending.id,
+            port,
+        };
+        if let Err(error) = self.control.send(&request, &[theirs.as_fd()]).await {
+            return Err(match &*self.ended.borrow() {
+                Some(reason) => ConnectError::Ended(reason.clone()),
+                None => error.into(),
+            });
+        }
+        drop(theirs);
+
+        let mut ended = self.ended.clone();
+        tokio::select! {
+            answer = pending.answer() => match answer {
+                Some(Ok(())) => Ok(stream),
+                Some(Err(source)) => Err(ConnectError::Refused { port, source }),
+                None => Err(ConnectError::Ended(self.wait().await)),
+            },
+            reason = wait_for_end(&mut ended) => Err(ConnectError::Ended(reason)),
+        }
+    }
+
+    /// Waits until `hull-vmm` is gone, and says why the machine ended.
+    pub async fn wait(&self) -> ExitReason {
+        wait_for_end(&mut self.ended.clone()).await
+    }
+
+    /// Ends the machine as a power cut would. [`Self::wait`] then gives [`ExitReason::Stopped`].
+    pub async fn stop(&self) {
+        if self.control.send(&Request::Stop, &[]).await.is_err() {
+            self.kill();
+        }
+    }
+
+    /// Kills `hull-vmm`.
+    pub fn kill(&self) {
+        kill(&self.process);
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+fn kill(process: &AsyncFd<OwnedFd>) {
+    // The only failure is that the process has already ended.
+    let _ = pidfd_send_signal(process.get_ref(), Signal::KILL);
+}
+
+async fn wait_for_end(ended: &mut watch::Receiver<Option<ExitReason>>) -> ExitReason {
+    let reason = ended.wait_for(Option::is_some).await;
+    reason
+        .ok()
+        .and_then(|reason| reason.clone())
+        .unwrap_or_else(|| ExitReason::Failed("the supervisor is ending".to_owned()))
+}
+
+fn start(vmm_binary: &Path) -> Result<(Child, AsyncChannel), LaunchError> {
+    let (ours, theirs) = Channel::pair().map_err(LaunchError::Control)?;
+    // The control socket as its standard input: the one descriptor that is passed on without a race.
+    // The temporary command, which holds our copy of it, is gone at the end of the statement.
+    let launcher = Command::new(vmm_binary)
+        .args(["--control-fd", "0"])
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|source| LaunchError::Start {
+            binary: vmm_binary.to_owned(),
+            source,
+        })?;
+    let control = AsyncChannel::new(ours).map_err(LaunchError::Control)?;
+    Ok((launcher, control))
+}
+
+/// Hands the machine over, and gives the jailed process that runs it from here on.
+async fn jailed(
+    launcher: &mut Child,
+    control: &AsyncChannel,
+    spec: MachineSpec,
+) -> Result<(i32, OwnedFd), LaunchError> {
+    let MachineSpec {
+        config,
+        descriptors,
+    } = spec;
+    let console = usize::from(config.console.output.0);
+    if let Some(console) = descriptors.get(console) {
+        rustix::io::ioctl_fionbio(console, true)
+            .map_err(|error| LaunchError::Control(error.into()))?;
+    }
+    let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+    let sent = control.send(&Request::Boot(config), &borrowed).await;
+    if let Err(error @ (ChannelError::TooLong | ChannelError::TooManyDescriptors)) = sent {
+        return Err(error.into());
+    }
+    drop(descriptors);
+
+    match control.receive::<Event>().await? {
+        Some((Event::Jailed { pid }, mut descriptors)) => match descriptors.pop() {
+            Some(process) => Ok((pid, process)),
+            None => Err(LaunchError::Unexpected("no process".to_owned())),
+        },
+        Some((Event::Ended(reason), _)) => Err(LaunchError::Ended(reason)),
+        Some((event, _)) => Err(LaunchError::Unexpected(format!("{event:?}"))),
+        None => {
+            let status = launcher.wait().await.map_err(LaunchError::Control)?;
+            Err(LaunchError::Launcher(status))
+        }
+    }
+}
+
+/// The connections that wait for the guest's answer.
+#[derive(Debug, Default)]
+struct Connects {
+    next: AtomicU64,
+    waiting: Mutex<HashMap<u64, oneshot::Sender<Result<(), ConnectRefused>>>>,
+}
+
+impl Connects {
+    fn begin(self: &Arc<Self>) -> PendingConnect {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = oneshot::channel();
+        self.waiting().insert(id, sender);
+        PendingConnect {
+            id,
+            connects: Arc::clone(self),
+            receiver,
+        }
+    }
+
+    /// An id that nobody waits for was given up by the caller, or made up by `hull-vmm`.
+    fn finish(&self, id: u64, result: Result<(), ConnectRefused>) {
+        if let Some(waiter) = self.waiting().remove(&id) {
+            // A caller that has just gone away drops its end of the stream as well.
+            let _ = waiter.send(result);
+        }
+    }
+
+    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<Result<(), ConnectRefused>>>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Forgets the connection when its caller goes away.
+#[derive(Debug)]
+struct PendingConnect {
+    id: u64,
+    connects: Arc<Connects>,
+    receiver: oneshot::Receiver<Result<(), ConnectRefused>>,
+}
+
+impl PendingConnect {
+    async fn answer(mut self) -> Option<Result<(), ConnectRefused>> {
+        (&mut self.receiver).await.ok()
+    }
+}
+
+impl Drop for PendingConnect {
+    fn drop(&mut self) {
+        self.connects.waiting().remove(&self.id);
+    }
+}
+
+/// Listens to one `hull-vmm` until its end.
+#[derive(Debug)]
+struct Follower {
+    control: Arc<AsyncChannel>,
+    process: Arc<AsyncFd<OwnedFd>>,
+    connects: Arc<Connects>,
+    running: Option<oneshot::Sender<()>>,
+    guest_connections: mpsc::Sender<GuestConnection>,
+}
+
+impl Follower {
+    async fn follow(mut self, end: watch::Sender<Option<ExitReason>>) {
+        let told = self.listen().await;
+        // Whatever it said, it is over: nothing waits on a process that says so and goes on.
+        kill(&self.process);
+        let found = self.reap().await;
+        // Those who wait for the start or for a connection find the reason there when they are woken.
+        end.send_replace(Some(told.unwrap_or(found)));
+    }
+
+    /// Handles events up to the end, and gives the reason if one was told.
+    async fn listen(&mut self) -> Option<ExitReason> {
+        loop {
+            // What was said before the death counts, so the channel comes first.
+            tokio::select! {
+                biased;
+                received = self.control.receive::<Event>() => match received {
+                    Ok(Some((event, descriptors))) => {
+                        if let Some(reason) = self.handle(event, descriptors) {
+                            return Some(reason);
+                        }
+                    }
+                    Ok(None) => return None,
+                    Err(error) => return Some(broken(&error.to_string())),
+                },
+                _ = self.process.readable() => return None,
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event, mut descriptors: Vec<OwnedFd>) -> Option<ExitReason> {
+        match event {
+            Event::Running => match self.running.take() {
+                // Dropping the future of `launch` drops the machine, which ends it.
+                Some(running) => drop(running.send(())),
+                None => return Some(broken("it started twice")),
+            },
+            Event::Connected { id, result } => self.connects.finish(id, result),
+            Event::GuestConnection { port } => {
+                if let Some(stream) = descriptors.pop().and_then(|fd| stream(fd).ok()) {
+                    // When the supervisor has no room or no interest, closing is the answer.
+                    let _ = self
+                        .guest_connections
+                        .try_send(GuestConnection { port, stream });
+                }
+            }
+            Event::Ended(ExitReason::Failed(text)) => {
+                return Some(ExitReason::Failed(printable(&text)));
+            }
+            Event::Ended(reason) => return Some(reason),
+            Event::Jailed { .. } => return Some(broken("it was jailed twice")),
+        }
+        None
+    }
+
+    async fn reap(&self) -> ExitReason {
+        if let Err(error) = self.process.readable().await {
+            return ExitReason::Failed(format!("watching the process: {error}"));
+        }
+        let pidfd = WaitId::PidFd(self.process.get_ref().as_fd());
+        match waitid(pidfd, WaitIdOptions::EXITED) {
+            Ok(Some(status)) => match (status.terminating_signal(), status.exit_status()) {
+                (Some(signal), _) => ExitReason::Killed(signal),
+                (None, Some(code)) => ExitReason::Exited(code),
+                (None, None) => ExitReason::Failed("it ended in an unknown way".to_owned()),
+            },
+            Ok(None) => ExitReason::Failed("it ended in an unknown way".to_owned()),
+            Err(error) => ExitReason::Failed(format!("asking how the process ended: {error}")),
+        }
+    }
+}
+
+/// A stream that `hull-vmm` sent. It may be anything: what isn't a stream socket fails when used.
+fn stream(descriptor: OwnedFd) -> io::Result<UnixStream> {
+    let stream = StdUnixStream::from(descriptor);
+    stream.set_nonblocking(true)?;
+    UnixStream::from_std(stream)
+}
+
+fn broken(how: &str) -> ExitReason {
+    ExitReason::Failed(format!("hull-vmm broke the protocol: {how}"))
+}
+
+/// Text of `hull-vmm`, safe to show on a terminal and to keep.
+fn printable(text: &str) -> String {
+    text.chars()
+        .take(REASON_CHARS)
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
+}

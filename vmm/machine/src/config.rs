@@ -27,6 +27,14 @@ pub struct MachineConfig {
     pub vsock: Option<VsockConfig>,
 }
 
+impl MachineConfig {
+    /// How many descriptors the configuration names.
+    pub fn descriptors(&self) -> usize {
+        // /dev/kvm, the kernel and the console's output.
+        3 + usize::from(self.initramfs.is_some()) + self.shares.len() + self.blocks.len()
+    }
+}
+
 /// The guest's `hvc0`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ConsoleConfig {

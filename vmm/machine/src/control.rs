@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::channel::Message;
 use crate::config::MachineConfig;
 
 /// From the supervisor.
@@ -19,10 +20,23 @@ pub enum Request {
     Stop,
 }
 
+impl Message for Request {
+    fn descriptors(&self) -> usize {
+        match self {
+            Self::Boot(config) => config.descriptors(),
+            Self::Connect { .. } => 1,
+            Self::Stop => 0,
+        }
+    }
+}
+
 /// From `hull-vmm`.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Event {
-    /// Jailed, and about to run the guest's first instruction.
+    /// The first event, once: the jailed process, a child of the supervisor (see
+    /// [`crate::jail`]). Attached: its pidfd.
+    Jailed { pid: i32 },
+    /// The machine is made, and about to run the guest's first instruction.
     Running,
     /// How [`Request::Connect`] went.
     Connected {
@@ -33,6 +47,15 @@ pub enum Event {
     GuestConnection { port: u32 },
     /// The machine has ended; the process exits after this.
     Ended(ExitReason),
+}
+
+impl Message for Event {
+    fn descriptors(&self) -> usize {
+        match self {
+            Self::Jailed { .. } | Self::GuestConnection { .. } => 1,
+            Self::Running | Self::Connected { .. } | Self::Ended(_) => 0,
+        }
+    }
 }
 
 /// Why the guest did not take a connection.
