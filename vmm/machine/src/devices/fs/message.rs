@@ -1,0 +1,65 @@
+//! One FUSE message: the checks that the file server leaves out, and an answer in every case.
+
+use std::io::Write;
+use std::mem::size_of;
+
+use virtio_queue::DescriptorChain;
+use virtiofsd::descriptor_utils::{Reader, Writer};
+use virtiofsd::fuse::{InHeader, Opcode, OutHeader};
+use vm_memory::{ByteValued, GuestMemoryMmap};
+
+use super::mapping::FileServerMemory;
+use super::server::{MessageServer, Session};
+
+/// Serves the message in `chain`. Returns how many bytes of the chain were written.
+pub(super) fn serve(
+    chain: &DescriptorChain<&GuestMemoryMmap>,
+    memory: &FileServerMemory,
+    server: &dyn MessageServer,
+) -> u32 {
+    let memory = memory.get();
+    let (Ok(message), Ok(answer)) = (
+        Reader::new(memory, chain.clone()),
+        Writer::new(memory, chain.clone()),
+    ) else {
+        return 0;
+    };
+    let Ok(header) = message.clone().read_obj::<InHeader>() else {
+        return 0;
+    };
+    let opcode = Opcode::try_from(header.opcode);
+    let answered = !matches!(
+        opcode,
+        Ok(Opcode::Forget | Opcode::BatchForget | Opcode::Interrupt | Opcode::Destroy)
+    );
+    // The file server takes it for granted that the header of an answer fits.
+    if answered && answer.available_bytes() < size_of::<OutHeader>() {
+        return 0;
+    }
+    let session = match opcode {
+        Ok(Opcode::Init | Opcode::Destroy) => Session::Changes,
+        _ => Session::Within,
+    };
+    // The answer's place is the same for a refusal, so it is kept.
+    let refusal = answer.clone();
+    let length = match server.serve(session, message, answer) {
+        Ok(length) => length,
+        Err(_) if !answered => 0,
+        // A malformed message is the guest's mistake; but without an answer its process would wait for ever.
+        Err(_) => refuse(refusal, header.unique, libc::EINVAL),
+    };
+    u32::try_from(length).unwrap_or(u32::MAX)
+}
+
+/// Answers with an error. Returns the answer's length.
+fn refuse(mut answer: Writer<'_>, unique: u64, errno: i32) -> usize {
+    let header = OutHeader {
+        len: const { size_of::<OutHeader>() as u32 },
+        error: -errno,
+        unique,
+    };
+    match answer.write_all(header.as_slice()) {
+        Ok(()) => size_of::<OutHeader>(),
+        Err(_) => 0,
+    }
+}

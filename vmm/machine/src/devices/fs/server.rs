@@ -1,0 +1,141 @@
+//! What answers FUSE messages, and the file server that does it: `virtiofsd`, as a library.
+
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use virtiofsd::descriptor_utils::{Reader, Writer};
+use virtiofsd::filesystem::FileSystem;
+use virtiofsd::passthrough::read_only::PassthroughFsRo;
+use virtiofsd::passthrough::{self, NegotiationMode, PassthroughFs};
+use virtiofsd::server::Server;
+
+use super::checked::Checked;
+use super::{FsConfig, FsError};
+use crate::config::CachePolicy;
+
+/// How long [`CachePolicy::Auto`] believes attributes and names.
+const AUTO_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long [`CachePolicy::Always`] does.
+const ALWAYS_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Answers FUSE messages, many at a time.
+pub(super) trait MessageServer: Send + Sync {
+    /// Reads one message, does it, writes the answer. Returns how many bytes the answer has, 0 for those that have none.
+    ///
+    /// # Errors
+    /// When the message is malformed: nothing was done and nothing usable was written.
+    fn serve(&self, session: Session, message: Reader<'_>, answer: Writer<'_>)
+    -> io::Result<usize>;
+
+    /// Forgets all that a guest held. No message is under way.
+    fn reset(&self);
+}
+
+/// What a message does to the session between guest and server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Session {
+    /// Starts or ends it (`FUSE_INIT`, `FUSE_DESTROY`).
+    Changes,
+    /// Happens in it.
+    Within,
+}
+
+/// Opens the share.
+pub(super) fn open(config: FsConfig) -> Result<Arc<dyn MessageServer>, FsError> {
+    let Some(root) = config.root.to_str().filter(|_| config.root.is_absolute()) else {
+        return Err(FsError::Root {
+            tag: config.tag,
+            root: config.root,
+        });
+    };
+    let failed = |source| FsError::Open {
+        tag: config.tag.clone(),
+        root: config.root.clone(),
+        source,
+    };
+    // The library opens the root when the guest mounts; that it can is to be known now.
+    std::fs::read_dir(root).map_err(failed)?;
+
+    let (timeout, cache_policy) = match config.cache {
+        CachePolicy::Never => (Duration::ZERO, passthrough::CachePolicy::Never),
+        CachePolicy::Auto => (AUTO_TIMEOUT, passthrough::CachePolicy::Auto),
+        CachePolicy::Always => (ALWAYS_TIMEOUT, passthrough::CachePolicy::Always),
+    };
+    let options = passthrough::Config {
+        entry_timeout: timeout,
+        attr_timeout: timeout,
+        // Without a page cache a shared mapping needs this; see FUSE_DIRECT_IO_ALLOW_MMAP.
+        allow_mmap: config.cache == CachePolicy::Never,
+        cache_policy,
+        writeback: false,
+        root_dir: root.to_owned(),
+        xattr: true,
+        proc_sfd_rawfd: Some(File::from(config.proc_self_fd)),
+        announce_submounts: true,
+        // A handle is opened by CAP_DAC_READ_SEARCH of the host, which this process does not have.
+        inode_file_handles: passthrough::InodeFileHandlesMode::Never,
+        readdirplus: true,
+        allow_direct_io: true,
+        killpriv_v2: true,
+        posix_acl: NegotiationMode::Auto,
+        security_label: NegotiationMode::Never,
+        guest_fd_limit: config.guest_descriptors,
+        ..passthrough::Config::default()
+    };
+    Ok(if config.read_only {
+        Arc::new(Virtiofsd::new(
+            PassthroughFsRo::new(options).map_err(failed)?,
+        ))
+    } else {
+        Arc::new(Virtiofsd::new(PassthroughFs::new(options).map_err(failed)?))
+    })
+}
+
+/// The library's server.
+struct Virtiofsd<F: FileSystem + Sync> {
+    server: Server<Checked<F>>,
+    /// Starting a session clears all tables and fills in the root, in steps: the library trusts a guest not to
+    /// do that twice at once, nor beside other requests.
+    session: RwLock<()>,
+}
+
+impl<F: FileSystem + Sync> Virtiofsd<F> {
+    fn new(file_system: F) -> Self {
+        Self {
+            server: Server::new(Checked::new(file_system)),
+            session: RwLock::new(()),
+        }
+    }
+}
+
+impl<F: FileSystem + Send + Sync> MessageServer for Virtiofsd<F> {
+    fn serve(
+        &self,
+        session: Session,
+        message: Reader<'_>,
+        answer: Writer<'_>,
+    ) -> io::Result<usize> {
+        let serve = || {
+            self.server
+                .handle_message(message, answer, None::<&mut ()>)
+                .map_err(io::Error::other)
+        };
+        match session {
+            Session::Within => {
+                let _others_too = self.session.read().unwrap_or_else(PoisonError::into_inner);
+                serve()
+            }
+            Session::Changes => {
+                let _alone = self.session.write().unwrap_or_else(PoisonError::into_inner);
+                serve()
+            }
+        }
+    }
+
+    fn reset(&self) {
+        let _alone = self.session.write().unwrap_or_else(PoisonError::into_inner);
+        self.server.destroy();
+    }
+}
