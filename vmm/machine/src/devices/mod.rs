@@ -5,3 +5,4 @@ pub mod console;
 pub mod fs;
 pub mod rng;
 pub mod vsock;
+pub mod worker;

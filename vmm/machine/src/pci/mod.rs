@@ -1,1 +1,199 @@
-//! The PCI root, its configuration space, and virtio devices on it.
+//! The PCI root: one bus, reached through memory-mapped configuration space alone.
+//!
+//! A host bridge at 0:0.0 and a virtio device on each slot after it, one function each.
+//! No bridges, no INTx, no configuration ports, nothing that comes or goes.
+
+mod config_space;
+mod function;
+mod msix;
+pub mod platform;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_memory::GuestMemoryMmap;
+
+use crate::layout::{PCI_ECAM_SIZE, PCI_ECAM_START, PCI_MMIO32_START};
+use crate::virtio::device::VirtioDevice;
+
+use config_space::ConfigSpace;
+pub use config_space::Identity;
+use function::{BAR_SIZE, VirtioFunction};
+use platform::Platform;
+
+/// Slots of a bus, the host bridge's among them.
+const SLOTS: u8 = 32;
+
+/// QEMU's PCI Express host bridge: known to every kernel, and to none as in need of anything.
+const HOST_BRIDGE: Identity = Identity {
+    vendor: 0x1b36,
+    device: 0x0008,
+    class: 0x06_00_00,
+    revision: 0,
+    subsystem_vendor: 0x1af4,
+    subsystem: 0x1100,
+};
+
+/// Why a device can't be put on the bus.
+#[derive(Debug, thiserror::Error)]
+pub enum PciError {
+    #[error("the PCI bus has no slot left: a machine has at most 31 devices")]
+    Full,
+    #[error("virtio device type {device_type} has no PCI device id")]
+    DeviceType { device_type: u32 },
+    #[error(
+        "virtio device type {device_type} has too many queues, or one of a size that is no power of two"
+    )]
+    Queues { device_type: u32 },
+    #[error("the capabilities don't fit in configuration space")]
+    Capabilities,
+    #[error("cannot set up a queue's doorbell: {0}")]
+    Doorbell(#[source] std::io::Error),
+    #[error("cannot set up an interrupt line: {0}")]
+    Line(#[source] std::io::Error),
+}
+
+/// A function of the bus, as the guest finds it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FunctionInfo {
+    pub slot: u8,
+    pub identity: Identity,
+    /// First address and size of its BAR.
+    pub bar: Option<(u64, u64)>,
+}
+
+/// The bus and all on it. Shared by all processors' threads.
+#[derive(Debug)]
+pub struct PciRoot {
+    memory: GuestMemoryMmap,
+    platform: Arc<dyn Platform>,
+    bridge: Mutex<ConfigSpace>,
+    /// Slot 1 and on.
+    functions: Vec<Mutex<VirtioFunction>>,
+}
+
+impl PciRoot {
+    /// A bus with a host bridge. Devices reach `memory`, and nothing else of the guest's address space.
+    #[must_use]
+    pub fn new(memory: GuestMemoryMmap, platform: Arc<dyn Platform>) -> Self {
+        Self {
+            memory,
+            platform,
+            bridge: Mutex::new(ConfigSpace::new(&HOST_BRIDGE)),
+            functions: Vec::new(),
+        }
+    }
+
+    /// Puts a device on the next slot, and returns which that is.
+    ///
+    /// # Errors
+    /// When the bus is full, or the platform has no interrupt or doorbell for it.
+    pub fn add_virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<u8, PciError> {
+        let slot = u8::try_from(self.functions.len() + 1)
+            .ok()
+            .filter(|slot| *slot < SLOTS)
+            .ok_or(PciError::Full)?;
+        let address = u64::from(slot) * u64::from(BAR_SIZE) + PCI_MMIO32_START;
+        let address = u32::try_from(address).map_err(|_| PciError::Full)?;
+        let function = VirtioFunction::new(device, self.memory.clone(), &*self.platform, address)?;
+        self.functions.push(Mutex::new(function));
+        Ok(slot)
+    }
+
+    /// A guest's read of an address where there is no RAM. What nobody answers reads as ones.
+    pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        if let Some((slot, register)) = ecam(address) {
+            match slot {
+                Some(0) => lock(&self.bridge).read(register, data),
+                Some(slot) => match self.function(slot) {
+                    Some(mut function) => function.read_config(register, data),
+                    None => data.fill(0xff),
+                },
+                None => data.fill(0xff),
+            }
+        } else if let Some((slot, offset)) = bar(address, data.len())
+            && let Some(mut function) = self.function(slot)
+        {
+            function.read_bar(offset, data);
+        } else {
+            data.fill(0xff);
+        }
+    }
+
+    /// A guest's write to an address where there is no RAM. What nobody takes is ignored.
+    pub fn mmio_write(&self, address: u64, data: &[u8]) {
+        if let Some((slot, register)) = ecam(address) {
+            match slot {
+                Some(0) => lock(&self.bridge).write(register, data),
+                Some(slot) => {
+                    if let Some(mut function) = self.function(slot) {
+                        function.write_config(register, data);
+                    }
+                }
+                None => {}
+            }
+        } else if let Some((slot, offset)) = bar(address, data.len())
+            && let Some(mut function) = self.function(slot)
+        {
+            function.write_bar(offset, data);
+        }
+    }
+
+    /// Resets every device: none has a thread or touches the guest's memory afterwards.
+    pub fn stop(&self) {
+        for function in &self.functions {
+            lock(function).stop();
+        }
+    }
+
+    /// Everything that the guest can find on the bus.
+    #[must_use]
+    pub fn functions(&self) -> Vec<FunctionInfo> {
+        let bridge = FunctionInfo {
+            slot: 0,
+            identity: HOST_BRIDGE,
+            bar: None,
+        };
+        let devices = (1..).zip(&self.functions).map(|(slot, function)| {
+            let function = lock(function);
+            FunctionInfo {
+                slot,
+                identity: function.identity(),
+                bar: Some((u64::from(function.address()), u64::from(BAR_SIZE))),
+            }
+        });
+        std::iter::once(bridge).chain(devices).collect()
+    }
+
+    fn function(&self, slot: u8) -> Option<MutexGuard<'_, VirtioFunction>> {
+        let index = usize::from(slot).checked_sub(1)?;
+        self.functions.get(index).map(lock)
+    }
+}
+
+/// A panic of another thread ends the process, so nobody sees a value that it left half-changed.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// If an address is in configuration space: the slot, if it is one of function 0, and the register.
+fn ecam(address: u64) -> Option<(Option<u8>, u16)> {
+    let offset = address
+        .checked_sub(PCI_ECAM_START)
+        .filter(|offset| *offset < PCI_ECAM_SIZE)?;
+    let register = u16::try_from(offset & 0xfff).ok()?;
+    let slot = u8::try_from(offset >> 15 & 0x1f).ok()?;
+    let function = offset >> 12 & 7;
+    Some(((function == 0).then_some(slot), register))
+}
+
+/// If all of an access is in one slot's BAR window: the slot, and the offset in the BAR.
+fn bar(address: u64, len: usize) -> Option<(u8, u64)> {
+    let size = u64::from(BAR_SIZE);
+    let offset = address.checked_sub(PCI_MMIO32_START)?;
+    let slot = u8::try_from(offset / size)
+        .ok()
+        .filter(|slot| (1..SLOTS).contains(slot))?;
+    let within = offset % size;
+    let end = within.checked_add(u64::try_from(len).ok()?)?;
+    (end <= size).then_some((slot, within))
+}

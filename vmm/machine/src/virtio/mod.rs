@@ -1,3 +1,6 @@
-//! Virtio: what a device is, apart from its transport.
+//! Virtio: what a device is, and the registers by which a driver brings it to life.
 
 pub mod device;
+mod queues;
+mod status;
+pub mod transport;
