@@ -35,7 +35,7 @@ impl Hull {
     pub fn without_images() -> Self {
         Self {
             run: tempfile::tempdir_in("/run").expect("/run is writable"),
-            data: tempfile::tempdir_in("/var/lib").expect("/var/lib is writable"),
+            data: tempfile::tempdir_in(data_root()).expect("the data directory is writable"),
             work: tempfile::tempdir().expect("a temporary directory"),
         }
     }
@@ -148,4 +148,11 @@ pub fn assert_success(output: &Output, what: &str) {
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr),
     );
+}
+
+/// Where Hull's data is by default: a file system that overlayfs can write to.
+fn data_root() -> &'static Path {
+    let root = Path::new("/var/lib/hull");
+    std::fs::create_dir_all(root).expect("/var/lib is writable");
+    root
 }

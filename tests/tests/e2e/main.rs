@@ -1,9 +1,16 @@
 //! Hull end to end: real manifests, real virtual machines, and what is left afterwards.
 
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "a test reports by panicking"
+)]
+
 mod failures;
 mod images;
 mod load;
 mod manifests;
+mod pjdfstest;
 mod pod_rules;
 mod run;
 mod streams;

@@ -102,8 +102,7 @@ impl EventLog {
         if length <= FILE_MAX {
             return Ok(());
         }
-        let content =
-            fs::read(&self.path).map_err(|e| StateError::io("read", &self.path, e))?;
+        let content = fs::read(&self.path).map_err(|e| StateError::io("read", &self.path, e))?;
         let half = content.len() / 2;
         let start = content[half..]
             .iter()
@@ -152,9 +151,15 @@ mod tests {
         let dir = pod_dir(root.path());
         let mut log = EventLog::open(&dir).unwrap();
 
-        log.append(EventType::Normal, "Started", Some("web"), "started\ncontainer")
+        log.append(
+            EventType::Normal,
+            "Started",
+            Some("web"),
+            "started\ncontainer",
+        )
+        .unwrap();
+        log.append(EventType::Warning, "Failed", None, "gone")
             .unwrap();
-        log.append(EventType::Warning, "Failed", None, "gone").unwrap();
 
         let events = read(&dir).unwrap();
         assert_eq!(events.len(), 2);
@@ -187,7 +192,8 @@ mod tests {
         let message = "x".repeat(5000);
 
         for _ in 0..1200 {
-            log.append(EventType::Normal, "Old", None, &message).unwrap();
+            log.append(EventType::Normal, "Old", None, &message)
+                .unwrap();
         }
         log.append(EventType::Normal, "Young", None, "").unwrap();
 

@@ -20,13 +20,11 @@ mod directories;
 mod registry;
 mod status;
 
-pub(crate) use directories::{private_dir, replace as replace_file};
 pub use directories::{Directories, PodDir, PodId};
-pub(crate) use registry::{liveness, read_record, remove_tree, write_status};
+pub(crate) use directories::{private_dir, replace as replace_file};
 pub use registry::{Claim, Liveness, PodRecord, Registry};
-pub use status::{
-    ContainerState, ContainerStatus, Phase, PodStatus, Running, Terminated, Waiting,
-};
+pub(crate) use registry::{liveness, read_record, remove_tree, write_status};
+pub use status::{ContainerState, ContainerStatus, Phase, PodStatus, Running, Terminated, Waiting};
 
 use std::io;
 use std::path::PathBuf;
@@ -45,7 +43,11 @@ pub enum StateError {
     #[error("{path} is not a directory", path = .0.display())]
     NotADirectory(PathBuf),
     #[error("{path} belongs to user {owner}, not to the user that runs hull ({euid})", path = path.display())]
-    Owner { path: PathBuf, owner: u32, euid: u32 },
+    Owner {
+        path: PathBuf,
+        owner: u32,
+        euid: u32,
+    },
     #[error("{path} can't be understood", path = path.display())]
     Format {
         path: PathBuf,

@@ -376,10 +376,7 @@ mod tests {
 
         assert_eq!(by_name.status.id, web.status.id);
         assert_eq!(by_id.status.id, web.status.id);
-        assert!(matches!(
-            registry.find(""),
-            Err(StateError::NoSuchPod(_))
-        ));
+        assert!(matches!(registry.find(""), Err(StateError::NoSuchPod(_))));
     }
 
     #[test]

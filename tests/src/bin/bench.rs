@@ -1,0 +1,244 @@
+//! Times Hull against its peers, interleaved on one machine, and prints medians and ratios.
+//!
+//! Run by `scripts/bench`, which installs the peers. Absolute times say nothing where
+//! the machine is emulated; the ratios do.
+
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "a benchmark reports by panicking"
+)]
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use hull_tests::hull::{Hull, assert_success};
+use hull_tests::pod::{Pod, sleepers};
+
+const ROUNDS: usize = 5;
+
+/// One series of measurements.
+#[derive(Debug)]
+struct Series {
+    name: &'static str,
+    seconds: Vec<f64>,
+}
+
+impl Series {
+    fn new(name: &'static str) -> Self {
+        Self {
+            name,
+            seconds: Vec::new(),
+        }
+    }
+
+    fn add(&mut self, time: Duration) {
+        self.seconds.push(time.as_secs_f64());
+    }
+
+    fn median(&self) -> f64 {
+        let mut sorted = self.seconds.clone();
+        sorted.sort_by(f64::total_cmp);
+        sorted[sorted.len() / 2]
+    }
+}
+
+/// Prints each series, and its ratio to the first.
+fn print(title: &str, series: &[Series]) {
+    println!("{title} (median of {ROUNDS}, and the ratio to the first)");
+    for one in series {
+        println!(
+            "  {:40} {:8.3} s  {:5.2}",
+            one.name,
+            one.median(),
+            one.median() / series[0].median()
+        );
+    }
+}
+
+/// Time from the start of a command until it has printed `wanted`, which it must; then it is let end.
+fn until_printed(command: &mut Command, wanted: &str) -> Duration {
+    let start = Instant::now();
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let mut stdout = child.stdout.take().expect("a pipe");
+    let mut printed = Vec::new();
+    let mut chunk = [0; 4096];
+    let time = loop {
+        let read = stdout.read(&mut chunk).expect("a pipe");
+        assert!(
+            read > 0,
+            "{command:?} printed {}",
+            String::from_utf8_lossy(&printed)
+        );
+        printed.extend_from_slice(&chunk[..read]);
+        if String::from_utf8_lossy(&printed).contains(wanted) {
+            break start.elapsed();
+        }
+    };
+    let mut rest = Vec::new();
+    let _ = stdout.read_to_end(&mut rest);
+    let _ = child.wait();
+    time
+}
+
+fn first_output(hull: &Hull) {
+    let manifest = hull.manifest(
+        "hello.yaml",
+        "apiVersion: v1
+kind: Pod
+metadata: {name: hello}
+spec:
+  restartPolicy: Never
+  containers:
+  - {name: main, image: busybox, command: [echo, hello]}
+",
+    );
+    let archive = hull_tests::hull::image("busybox");
+    let loaded = Command::new("podman")
+        .arg("load")
+        .arg("-i")
+        .arg(archive)
+        .output()
+        .expect("podman");
+    assert_success(&loaded, "podman load");
+    let podman = || {
+        let mut command = Command::new("podman");
+        command.args([
+            "--runtime",
+            "crun",
+            "run",
+            "--rm",
+            "--network",
+            "none",
+            "docker.io/library/busybox:latest",
+            "echo",
+            "hello",
+        ]);
+        command
+    };
+    let mut series = [
+        Series::new("podman run, crun"),
+        Series::new("hull run, cold"),
+    ];
+    let _ = until_printed(&mut podman(), "hello");
+    for _ in 0..ROUNDS {
+        series[0].add(until_printed(&mut podman(), "hello"));
+        series[1].add(until_printed(
+            &mut hull.command(["run".as_ref(), manifest.as_os_str()]),
+            "hello",
+        ));
+    }
+    print("Command to the container's first output", &series);
+}
+
+/// An initramfs whose first process prints a line and powers off.
+fn tiny_initramfs(dir: &Path) -> PathBuf {
+    let script = "set -e; mkdir root; cp /bin/busybox root/busybox
+printf '#!/busybox sh\\n/busybox echo init-runs\\n/busybox poweroff -f\\n' > root/init; chmod +x root/init
+mkdir root/dev; mknod root/dev/console c 5 1
+(cd root && find . | cpio --quiet -o -H newc) > tiny.cpio";
+    let output = Command::new("sh")
+        .args(["-c", script])
+        .current_dir(dir)
+        .output()
+        .unwrap();
+    assert_success(&output, "making an initramfs");
+    dir.join("tiny.cpio")
+}
+
+fn boot(hull: &Hull) {
+    let guest = PathBuf::from(std::env::var_os("HULL_GUEST_DIR").expect("HULL_GUEST_DIR"));
+    let kernel = guest.join("vmlinux");
+    let initramfs = tiny_initramfs(hull.work_dir());
+    let qemu = || {
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args([
+                "-M",
+                "microvm,pic=off,pit=off,rtc=off",
+                "-accel",
+                "kvm",
+                "-cpu",
+                "host",
+                "-m",
+                "256",
+            ])
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-serial",
+                "stdio",
+                "-no-reboot",
+            ])
+            .args(["-append", "console=ttyS0 quiet panic=-1"])
+            .arg("-kernel")
+            .arg(&kernel)
+            .arg("-initrd")
+            .arg(&initramfs);
+        command
+    };
+    let ours = || {
+        let mut command = Command::new("boot-machine");
+        command.arg(&kernel).arg(&initramfs);
+        command
+    };
+    let mut series = [Series::new("QEMU microvm"), Series::new("hull-vmm")];
+    for _ in 0..ROUNDS {
+        series[0].add(until_printed(&mut qemu(), "init-runs"));
+        series[1].add(until_printed(&mut ours(), "init-runs"));
+    }
+    print(
+        "VMM started to the first line of init, same kernel and initramfs, 1 vCPU, 256 MiB",
+        &series,
+    );
+}
+
+/// Resident KiB of a process by mapping, without those that are `guest` sized.
+fn resident_without_guest(pid: i32) -> (u64, u64) {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the process exists");
+    let (mut total, mut guest, mut size) = (0, 0, 0);
+    for line in smaps.lines() {
+        let field = |name: &str| {
+            line.strip_prefix(name)
+                .and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok())
+        };
+        if let Some(kib) = field("Size:") {
+            size = kib;
+        }
+        if let Some(kib) = field("Rss:") {
+            total += kib;
+            // Guest RAM is the only mapping of 64 MiB or more that is touched.
+            if size >= 64 * 1024 {
+                guest += kib;
+            }
+        }
+    }
+    (total - guest, guest)
+}
+
+fn memory(hull: &Hull) {
+    let pod = Pod::start(hull, "idle", &sleepers("idle", &[("one", "")], ""));
+    std::thread::sleep(Duration::from_secs(2));
+    let (vmm, guest) = resident_without_guest(pod.pid("vmmPid"));
+    let (supervisor, _) = resident_without_guest(pod.pid("supervisorPid"));
+    println!("Resident memory of an idle pod with one container, in KiB");
+    println!(
+        "  hull-vmm without guest RAM {vmm}, guest RAM touched {guest}, supervisor {supervisor}"
+    );
+}
+
+fn main() {
+    let hull = Hull::new();
+    first_output(&hull);
+    boot(&hull);
+    memory(&hull);
+}
