@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub use oci_spec::distribution::Reference;
 use oci_spec::image::ImageConfiguration;
 
 /// The store, under `<data dir>/images`. Any number of processes may use it at once.

@@ -1,10 +1,24 @@
 //! Pod manifests: read, checked, and every fault named by file, field and value.
 
-use std::path::Path;
+mod fields;
+mod load;
+mod names;
+mod problem;
+mod quantity;
+mod support;
+mod tree;
+mod typed;
+mod validate;
+
 use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use serde::{Deserialize, Serialize};
+
+pub use fields::value as field_value;
+pub use load::{load, parse};
+pub use problem::ManifestError;
+pub use quantity::Quantity;
 
 /// A Pod that has passed every check of [`load`]: it has a name and a spec, and
 /// every field that is set is one that Hull acts on, or one that means nothing on
@@ -70,23 +84,4 @@ impl PodManifest {
         let seconds = self.spec.termination_grace_period_seconds.unwrap_or(30);
         Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
     }
-}
-
-/// Why a manifest was refused. Displayed, it is one line for each fault, with file,
-/// line where known, field and value.
-#[derive(Debug, thiserror::Error)]
-#[error("{message}")]
-pub struct ManifestError {
-    message: String,
-}
-
-/// Reads the Pods of a YAML or JSON file, or of standard input (`-`).
-///
-/// # Errors
-/// When the file can't be read, or anything in it isn't as it must be. Nothing but
-/// the file is looked at: that images and host paths exist is checked elsewhere.
-pub fn load(source: &Path) -> Result<Vec<PodManifest>, ManifestError> {
-    Err(ManifestError {
-        message: format!("{}: not readable", source.display()),
-    })
 }

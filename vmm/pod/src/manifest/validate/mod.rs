@@ -1,0 +1,171 @@
+//! Kubernetes' rules for a Pod, and those of Hull.
+
+mod container;
+mod security;
+mod volume;
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+
+use k8s_openapi::api::core::v1::{Pod, PodSpec};
+
+use super::names::{self, Form};
+use super::problem::{FieldPath, Problems};
+
+/// Kubernetes' bound on the annotations of an object.
+const MAX_ANNOTATIONS: usize = 256 << 10;
+
+/// Checks a Pod whose types are right.
+pub fn pod(pod: &Pod, path: &FieldPath, problems: &mut Problems) {
+    let metadata = path.field("metadata");
+    let name = pod.metadata.name.as_deref().unwrap_or_default();
+    form(problems, metadata.field("name"), name, names::SUBDOMAIN);
+    if let Some(namespace) = &pod.metadata.namespace {
+        form(
+            problems,
+            metadata.field("namespace"),
+            namespace,
+            names::LABEL,
+        );
+    }
+    for (key, value) in pod.metadata.labels.iter().flatten() {
+        let at = metadata.field("labels").key(key);
+        if !(names::QUALIFIED.fits)(key) {
+            problems.add(at.clone(), format!("the key {}", names::QUALIFIED.rule));
+        }
+        form(problems, at, value, names::LABEL_VALUE);
+    }
+    let annotations = pod.metadata.annotations.iter().flatten();
+    for (key, _) in annotations
+        .clone()
+        .filter(|(key, _)| !(names::QUALIFIED.fits)(&key.to_lowercase()))
+    {
+        problems.add(
+            metadata.field("annotations").key(key),
+            format!("the key {}", names::QUALIFIED.rule),
+        );
+    }
+    if annotations
+        .map(|(key, value)| key.len() + value.len())
+        .sum::<usize>()
+        > MAX_ANNOTATIONS
+    {
+        problems.add(
+            metadata.field("annotations"),
+            "must be at most 256 KiB together",
+        );
+    }
+    match &pod.spec {
+        Some(spec) => check_spec(spec, &path.field("spec"), problems),
+        None => problems.add(
+            path.field("spec"),
+            "is missing; a Pod needs spec.containers",
+        ),
+    }
+}
+
+fn check_spec(spec: &PodSpec, path: &FieldPath, problems: &mut Problems) {
+    one_of(
+        problems,
+        path.field("restartPolicy"),
+        spec.restart_policy.as_deref(),
+        &["Always", "OnFailure", "Never"],
+    );
+    within(
+        problems,
+        path.field("terminationGracePeriodSeconds"),
+        spec.termination_grace_period_seconds,
+        0..=i64::from(i32::MAX),
+    );
+    if let Some(hostname) = &spec.hostname {
+        form(problems, path.field("hostname"), hostname, names::LABEL);
+    }
+    for (index, alias) in spec.host_aliases.iter().flatten().enumerate() {
+        let at = path.field("hostAliases").index(index);
+        if alias.ip.parse::<IpAddr>().is_err() {
+            problems.add(at.field("ip"), "must be an IP address");
+        }
+        for (index, hostname) in alias.hostnames.iter().flatten().enumerate() {
+            form(
+                problems,
+                at.field("hostnames").index(index),
+                hostname,
+                names::SUBDOMAIN,
+            );
+        }
+    }
+    if let Some(context) = &spec.security_context {
+        security::pod(context, &path.field("securityContext"), problems);
+    }
+    let volumes = volume::check(spec, path, problems);
+    if spec.containers.is_empty() {
+        problems.add(path.field("containers"), "must have at least one container");
+    }
+    let mut names = BTreeSet::new();
+    let lists = [
+        (
+            "initContainers",
+            spec.init_containers.as_deref().unwrap_or_default(),
+        ),
+        ("containers", &spec.containers),
+    ];
+    for (list, containers) in lists {
+        let mut ports = BTreeSet::new();
+        for (index, container) in containers.iter().enumerate() {
+            let at = path.field(list).index(index);
+            form(problems, at.field("name"), &container.name, names::LABEL);
+            if !names.insert(container.name.as_str()) {
+                problems.add(
+                    at.field("name"),
+                    "another container of the Pod has this name",
+                );
+            }
+            container::check(container, &volumes, &mut ports, &at, problems);
+        }
+    }
+}
+
+/// Adds a problem if a text hasn't the form that it must have.
+fn form(problems: &mut Problems, path: FieldPath, text: &str, form: Form) {
+    if !(form.fits)(text) {
+        problems.add(
+            path,
+            if text.is_empty() {
+                missing(form.rule)
+            } else {
+                form.rule.to_owned()
+            },
+        );
+    }
+}
+
+fn missing(rule: &str) -> String {
+    format!("is missing; it {rule}")
+}
+
+fn one_of(problems: &mut Problems, path: FieldPath, value: Option<&str>, allowed: &[&str]) {
+    if value.is_some_and(|value| !allowed.contains(&value)) {
+        let list = allowed
+            .iter()
+            .map(|text| if text.is_empty() { "\"\"" } else { text });
+        problems.add(
+            path,
+            format!("must be one of {}", list.collect::<Vec<_>>().join(", ")),
+        );
+    }
+}
+
+fn within(
+    problems: &mut Problems,
+    path: FieldPath,
+    value: Option<i64>,
+    range: RangeInclusive<i64>,
+) {
+    if value.is_some_and(|value| !range.contains(&value)) {
+        problems.add(
+            path,
+            format!("must be {} to {}", range.start(), range.end()),
+        );
+    }
+}
