@@ -14,6 +14,7 @@ use std::os::unix::net::UnixStream;
 
 use crate::config::{FdIndex, MachineConfig};
 use crate::control::{ConnectRefused, ExitReason};
+use crate::jail::Shares;
 use crate::kvm::ending::Ending;
 
 /// Called on the vsock device's thread with the host's port and the stream of each connection that the guest
@@ -67,13 +68,14 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Makes the machine in the calling process: descriptors only, no path is opened, no thread is started.
+    /// Makes the machine in the calling process: but for the roots of `shares`, no path is opened; no thread is started.
     ///
     /// # Errors
     /// When the configuration can't be had on this host; says what and why.
     pub fn build(
         _config: &MachineConfig,
         _descriptors: Descriptors,
+        _shares: Shares,
         _guest_connections: GuestConnections,
     ) -> Result<Self, BuildError> {
         Ok(Self {

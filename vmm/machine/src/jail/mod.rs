@@ -25,24 +25,20 @@ pub mod seccomp;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 
 use crate::channel::{Channel, ChannelError};
 
 pub use privileges::{FILE_SERVER_CAPABILITIES, MAX_OPEN_FILES};
 
-/// Where a share is in the jail, by its place in the configuration.
-pub fn share_path(index: usize) -> String {
-    format!("/shares/{index}")
-}
-
-/// What is there for the machine, once jailed.
+/// How the process that serves the shares reaches them.
 #[derive(Debug)]
-pub struct Jailed {
+pub struct Shares {
+    /// The directory of each share, in the configuration's order, by an absolute path.
+    pub roots: Vec<PathBuf>,
     /// This process's `/proc/self/fd`, an `O_PATH` descriptor on a mount of that
     /// directory alone: `..` leads nowhere.
     pub proc_self_fd: OwnedFd,
-    /// Each share's root, an `O_PATH` descriptor on [`share_path`].
-    pub shares: Vec<OwnedFd>,
 }
 
 /// A step on the way into the jail, and what stops it on hosts that are set up in unusual ways.
@@ -75,7 +71,9 @@ pub enum Step {
     MakeRoot,
     #[error("mounting share {0} in the jail")]
     MountShare(usize),
-    #[error("entering the jail's root (pivot_root fails when the host's root is the initial ramfs)")]
+    #[error(
+        "entering the jail's root (pivot_root fails when the host's root is the initial ramfs)"
+    )]
     EnterRoot,
     #[error("closing the descriptors that aren't the machine's")]
     CloseOthers,
@@ -128,7 +126,7 @@ pub fn enter(
     control: &Channel,
     shares: Vec<OwnedFd>,
     keep: &[BorrowedFd<'_>],
-) -> Result<Jailed, JailError> {
+) -> Result<Shares, JailError> {
     let trees = root::copy_mounts(&shares)?;
     drop(shares);
     privileges::raise_open_files();
@@ -138,7 +136,7 @@ pub fn enter(
     launch::identify()?;
     let proc_self_fd = root::proc_self_fd()?;
     let null = root::dev_null()?;
-    let shares = root::enter(trees)?;
+    let roots = root::enter(trees)?;
     for standard in [
         rustix::stdio::dup2_stdin(&null),
         rustix::stdio::dup2_stdout(&null),
@@ -148,14 +146,13 @@ pub fn enter(
     }
     drop(null);
 
-    let mut kept: Vec<BorrowedFd<'_>> = vec![control.as_fd(), proc_self_fd.as_fd()];
-    kept.extend(shares.iter().map(AsFd::as_fd));
+    let mut kept = vec![control.as_fd(), proc_self_fd.as_fd()];
     kept.extend_from_slice(keep);
     privileges::close_others(&kept)?;
     privileges::limit()?;
     privileges::drop_all_but_file_server()?;
-    Ok(Jailed {
+    Ok(Shares {
+        roots,
         proc_self_fd,
-        shares,
     })
 }

@@ -93,8 +93,7 @@ pub(super) fn drop_all_but_file_server() -> Result<(), JailError> {
     }
     set_capabilities(FILE_SERVER_CAPABILITIES).at(Step::Capabilities)?;
     rustix::thread::set_no_new_privs(true).at(Step::NoNewPrivileges)?;
-    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
-        .at(Step::NoNewPrivileges)
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable).at(Step::NoNewPrivileges)
 }
 
 /// Leaves the calling thread these capabilities.

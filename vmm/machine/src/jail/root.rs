@@ -1,6 +1,7 @@
 //! The jail's root file system: `shares/N`, and nothing else.
 
 use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{
@@ -8,7 +9,7 @@ use rustix::mount::{
     OpenTreeFlags, UnmountFlags,
 };
 
-use super::{AtStep, JailError, Step, share_path};
+use super::{AtStep, JailError, Step};
 
 /// Where the new root is mounted until it is the root. Any directory does; this one is always there.
 const STAGE: &str = "/proc";
@@ -22,9 +23,7 @@ pub(super) fn copy_mounts(shares: &[OwnedFd]) -> Result<Vec<OwnedFd>, JailError>
     shares
         .iter()
         .enumerate()
-        .map(|(index, share)| {
-            rustix::mount::open_tree(share, "", flags).at(Step::CopyShare(index))
-        })
+        .map(|(index, share)| rustix::mount::open_tree(share, "", flags).at(Step::CopyShare(index)))
         .collect()
 }
 
@@ -42,8 +41,8 @@ pub(super) fn dev_null() -> Result<OwnedFd, JailError> {
 }
 
 /// Makes the root, moves the shares in, and leaves the host's mounts for good.
-/// Gives an `O_PATH` descriptor on each share.
-pub(super) fn enter(trees: Vec<OwnedFd>) -> Result<Vec<OwnedFd>, JailError> {
+/// Gives the path of each share.
+pub(super) fn enter(trees: Vec<OwnedFd>) -> Result<Vec<PathBuf>, JailError> {
     let root = tmpfs().at(Step::MakeRoot)?;
     rustix::mount::move_mount(
         &root,
@@ -59,7 +58,9 @@ pub(super) fn enter(trees: Vec<OwnedFd>) -> Result<Vec<OwnedFd>, JailError> {
     rustix::fs::mkdir("/shares", Mode::RWXU).at(Step::MakeRoot)?;
     let mut shares = Vec::with_capacity(trees.len());
     for (index, tree) in trees.into_iter().enumerate() {
-        shares.push(mount_share(index, &tree).at(Step::MountShare(index))?);
+        let path = PathBuf::from(format!("/shares/{index}"));
+        mount_share(&path, &tree).at(Step::MountShare(index))?;
+        shares.push(path);
     }
 
     let read_only = MountFlags::BIND
@@ -95,24 +96,12 @@ fn pivot(root: &OwnedFd) -> rustix::io::Result<()> {
     rustix::process::chdir("/")
 }
 
-fn mount_share(index: usize, tree: &OwnedFd) -> rustix::io::Result<OwnedFd> {
-    let path = share_path(index);
-    rustix::fs::mkdir(&path, Mode::RWXU)?;
-    rustix::mount::move_mount(
-        tree,
-        "",
-        CWD,
-        path.as_str(),
-        MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-    )?;
+fn mount_share(path: &Path, tree: &OwnedFd) -> rustix::io::Result<()> {
+    rustix::fs::mkdir(path, Mode::RWXU)?;
+    rustix::mount::move_mount(tree, "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     // The supervisor's later mounts come in; nothing goes out.
     rustix::mount::mount_change(
-        path.as_str(),
+        path,
         MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
-    )?;
-    rustix::fs::open(
-        path.as_str(),
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
     )
 }
