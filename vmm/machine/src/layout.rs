@@ -20,6 +20,21 @@ pub const PCI_MMIO32_START: u64 = 0xC000_0000;
 /// Its size in bytes.
 pub const PCI_MMIO32_SIZE: u64 = 0x2000_0000;
 
+/// Size of the 64-bit PCI memory window, in bytes; where it starts depends on the RAM.
+pub const PCI_MMIO64_SIZE: u64 = 0x4_0000_0000;
+
+/// Start of the 64-bit PCI memory window, for a machine whose RAM ends at `ram_end`.
+///
+/// Aligned to its size: what lies in it can be, too.
+pub const fn pci_mmio64_start(ram_end: u64) -> u64 {
+    let past = if ram_end > HIGH_RAM_START {
+        ram_end
+    } else {
+        HIGH_RAM_START
+    };
+    past.next_multiple_of(PCI_MMIO64_SIZE)
+}
+
 /// Memory-mapped configuration space (PCI Firmware Specification 3.3, MCFG): bus 0 only.
 pub const PCI_ECAM_START: u64 = 0xE000_0000;
 /// 32 devices of 8 functions of 4 KiB.
@@ -39,12 +54,12 @@ pub const PVH_START_INFO: u64 = 0x6000;
 pub const PVH_MEMMAP: u64 = 0x7000;
 /// Its module list.
 pub const PVH_MODULES: u64 = 0x6040;
-/// Global descriptor table of the boot processor.
-pub const BOOT_GDT: u64 = 0x500;
 /// Kernel command line.
 pub const CMDLINE: u64 = 0x2_0000;
 /// Its largest size, with the final NUL, in bytes.
 pub const CMDLINE_MAX: usize = 2048;
+/// End of conventional memory; from here to the BIOS area is nothing that a guest may use.
+pub const CONVENTIONAL_END: u64 = 0xA_0000;
 /// RSDP; the other ACPI tables follow. In the BIOS area, which is reserved in the memory map.
 pub const ACPI_START: u64 = 0xE_0000;
 /// End of the BIOS area.
@@ -62,3 +77,49 @@ pub const ACPI_RESET_PORT: u16 = 0x602;
 pub const ACPI_RESET_VALUE: u8 = 1;
 /// The pvpanic device (QEMU's specification, ACPI id QEMU0001).
 pub const PVPANIC_PORT: u16 = 0x505;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ranges_of_the_gap_do_not_overlap() {
+        let gap = [
+            (PCI_MMIO32_START, PCI_MMIO32_SIZE),
+            (PCI_ECAM_START, PCI_ECAM_SIZE),
+            (LOCAL_APIC, 0x1000),
+            (KVM_IDENTITY_MAP, 0x1000),
+            (KVM_TSS, 0x3000),
+            (HIGH_RAM_START, 0),
+        ];
+
+        for pair in gap.windows(2) {
+            assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{pair:x?}");
+        }
+        assert_eq!(gap[0].0, LOW_RAM_END);
+    }
+
+    #[test]
+    fn the_boot_structures_do_not_overlap() {
+        let low = [
+            (PVH_START_INFO, 0x40),
+            (PVH_MODULES, 0x20),
+            (PVH_MEMMAP, 0x1000),
+            (CMDLINE, CMDLINE_MAX as u64),
+            (CONVENTIONAL_END, 0),
+            (ACPI_START, ACPI_END - ACPI_START),
+            (HIGH_MEMORY, 0),
+        ];
+
+        for pair in low.windows(2) {
+            assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{pair:x?}");
+        }
+    }
+
+    #[test]
+    fn the_64_bit_window_starts_past_all_ram() {
+        assert_eq!(pci_mmio64_start(0x800_0000), PCI_MMIO64_SIZE);
+        assert_eq!(pci_mmio64_start(PCI_MMIO64_SIZE), PCI_MMIO64_SIZE);
+        assert_eq!(pci_mmio64_start(PCI_MMIO64_SIZE + 1), 2 * PCI_MMIO64_SIZE);
+    }
+}

@@ -9,36 +9,73 @@
 //! Machine::wait    joins all threads; why it ended
 //! ```
 
+use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
 
-use crate::config::{FdIndex, MachineConfig};
+use rustix::process::{Resource, getrlimit};
+use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap};
+
+use crate::boot::{acpi, kernel, pvh};
+use crate::config::{FdIndex, MachineConfig, ShareConfig};
 use crate::control::{ConnectRefused, ExitReason};
+use crate::devices::fs::{FileSystem, FsConfig, FsError};
+pub use crate::devices::vsock::{Connected, GuestConnections};
+use crate::devices::vsock::{Vsock, VsockHandle};
 use crate::jail::Shares;
+use crate::kvm::cpuid::address_bits;
 use crate::kvm::ending::Ending;
+use crate::kvm::interrupts::KvmPlatform;
+use crate::kvm::vcpu::{Mmio, Running, Vcpu};
+use crate::kvm::vm::{KvmError, Vm};
+use crate::layout::{PCI_MMIO64_SIZE, pci_mmio64_start};
+use crate::memory::{self, MemoryError};
+use crate::pci::{PciError, PciRoot};
 
-/// Called on the vsock device's thread with the host's port and the stream of each connection that the guest
-/// makes. Must not block.
-pub type GuestConnections = Box<dyn Fn(u32, UnixStream) + Send>;
-
-/// Called once, on the vsock device's thread, with the guest's answer. Must not block.
-pub type Connected = Box<dyn FnOnce(Result<(), ConnectRefused>) + Send>;
+/// As many processors as local APIC ids and file system queues are laid out for.
+const MAX_VCPUS: u8 = 64;
+/// Descriptors that are this process's own: the rest is the guest's files.
+const OWN_DESCRIPTORS: u64 = 512;
 
 /// Why a machine could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
     #[error("the configuration names descriptor {0}, which did not come with it or is used twice")]
     Descriptor(u16),
-    #[error("creating an event descriptor")]
-    Event(#[source] std::io::Error),
+    #[error("a machine has 1 to {MAX_VCPUS} processors, not {0}")]
+    Processors(u8),
+    #[error("the configuration has {configured} shares, but {given} directories were given")]
+    Shares { configured: usize, given: usize },
+    #[error("creating the machine's event descriptor")]
+    Event(#[source] io::Error),
+    #[error("making guest memory")]
+    Memory(#[from] MemoryError),
+    #[error("making the virtual machine")]
+    Kvm(#[from] KvmError),
+    #[error("placing a device on the PCI bus")]
+    Pci(#[from] PciError),
+    #[error("making the virtio-fs device")]
+    FileSystem(#[from] FsError),
+    #[error("making the {device} device")]
+    Device {
+        device: &'static str,
+        source: io::Error,
+    },
+    #[error("booting the kernel")]
+    Kernel(#[from] kernel::KernelError),
+    #[error("preparing the kernel's boot")]
+    Pvh(#[from] pvh::PvhError),
+    #[error("describing the machine to the kernel")]
+    Acpi(#[from] acpi::AcpiError),
 }
 
 /// Why a machine could not be started.
 #[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    #[error("starting a processor's thread")]
-    Thread(#[source] std::io::Error),
-}
+#[error("starting a processor's thread")]
+pub struct StartError(#[source] io::Error);
 
 /// The descriptors that came with a configuration, each to be taken once.
 #[derive(Debug)]
@@ -65,35 +102,81 @@ impl Descriptors {
 #[derive(Debug)]
 pub struct Machine {
     ending: Ending,
+    pci: Arc<PciRoot>,
+    vsock: Option<VsockHandle>,
+    ready: Vec<Vcpu>,
+    running: Vec<Running>,
 }
 
 impl Machine {
-    /// Makes the machine in the calling process: but for the roots of `shares`, no path is opened; no thread is started.
+    /// Makes the machine in the calling process, inside its jail: nothing but the shares is opened by
+    /// path, and no thread is started.
+    ///
+    /// `guest_connections` hears of each connection that the guest makes to the host.
     ///
     /// # Errors
     /// When the configuration can't be had on this host; says what and why.
     pub fn build(
-        _config: &MachineConfig,
-        _descriptors: Descriptors,
-        _shares: Shares,
-        _guest_connections: GuestConnections,
+        config: &MachineConfig,
+        mut descriptors: Descriptors,
+        shares: Shares,
+        guest_connections: GuestConnections,
     ) -> Result<Self, BuildError> {
+        if !(1..=MAX_VCPUS).contains(&config.vcpus) {
+            return Err(BuildError::Processors(config.vcpus));
+        }
+        let memory = memory::allocate(config.memory_mib)?;
+        let vm = Vm::new(descriptors.take(config.kvm)?, &memory, config.vcpus)?;
+        let mmio64_start = place_mmio64(&vm, &memory)?;
+
+        let platform = Arc::new(KvmPlatform::new(Arc::clone(vm.fd())));
+        let mut pci = PciRoot::new(memory.clone(), platform);
+        for share in file_systems(config, &shares)? {
+            pci.add_virtio(Box::new(share))?;
+        }
+        let vsock = match &config.vsock {
+            Some(vsock) => {
+                let (device, handle) = Vsock::new(vsock.clone(), guest_connections)
+                    .map_err(device_error("virtio-vsock"))?;
+                pci.add_virtio(Box::new(device))?;
+                Some(handle)
+            }
+            None => None,
+        };
+
+        let entry = load_guest(config, &mut descriptors, &memory, mmio64_start)?;
         Ok(Self {
             ending: Ending::new().map_err(BuildError::Event)?,
+            pci: Arc::new(pci),
+            vsock,
+            ready: Vcpu::create_all(&vm, config.vcpus, entry)?,
+            running: Vec::new(),
         })
     }
 
     /// Runs the guest. Returns at once.
     ///
     /// # Errors
-    /// When a thread can't be made.
+    /// When a thread can't be made. The machine has ended then.
     pub fn start(&mut self) -> Result<(), StartError> {
+        for vcpu in self.ready.drain(..) {
+            let mmio = Arc::clone(&self.pci) as Arc<dyn Mmio>;
+            let running = vcpu.start(mmio, self.ending.clone()).map_err(|error| {
+                self.ending
+                    .end(ExitReason::Failed(format!("starting a processor: {error}")));
+                StartError(error)
+            })?;
+            self.running.push(running);
+        }
         Ok(())
     }
 
     /// Connects `stream` to a port in the guest; `connected` hears how it went.
-    pub fn connect(&self, _port: u32, _stream: UnixStream, connected: Connected) {
-        connected(Err(ConnectRefused::NoDriver));
+    pub fn connect(&self, port: u32, stream: UnixStream, connected: Connected) {
+        match &self.vsock {
+            Some(vsock) => vsock.connect(port, stream, connected),
+            None => connected(Err(ConnectRefused::NoDriver)),
+        }
     }
 
     /// Ends the machine as a power cut would. Returns at once.
@@ -106,8 +189,94 @@ impl Machine {
         self.ending.as_fd()
     }
 
-    /// Waits for the machine's end, then ends all its threads.
+    /// Waits for the machine's end, then ends all its threads, the devices' last: what the guest has
+    /// written before it powered off is written.
     pub fn wait(self) -> ExitReason {
-        self.ending.wait()
+        let reason = self.ending.wait();
+        for vcpu in &self.running {
+            vcpu.kick();
+        }
+        for vcpu in self.running {
+            vcpu.join();
+        }
+        self.pci.stop();
+        reason
     }
+}
+
+/// All that a processor's thread sees besides RAM is the PCI bus.
+impl Mmio for PciRoot {
+    fn read(&self, address: u64, data: &mut [u8]) {
+        self.mmio_read(address, data);
+    }
+
+    fn write(&self, address: u64, data: &[u8]) {
+        self.mmio_write(address, data);
+    }
+}
+
+fn device_error(device: &'static str) -> impl FnOnce(io::Error) -> BuildError {
+    move |source| BuildError::Device { device, source }
+}
+
+/// The 64-bit window follows RAM; the host's processors must be able to address its end.
+fn place_mmio64(vm: &Vm, memory: &GuestMemoryMmap) -> Result<u64, KvmError> {
+    let start = pci_mmio64_start(memory.last_addr().unchecked_add(1).raw_value());
+    let end = start + PCI_MMIO64_SIZE;
+    let bits = address_bits(vm.supported_cpuid());
+    if end > 1_u64.checked_shl(bits.into()).unwrap_or(u64::MAX) {
+        return Err(KvmError::AddressBits { end, bits });
+    }
+    Ok(start)
+}
+
+fn file_systems(config: &MachineConfig, shares: &Shares) -> Result<Vec<FileSystem>, BuildError> {
+    if config.shares.len() != shares.roots.len() {
+        return Err(BuildError::Shares {
+            configured: config.shares.len(),
+            given: shares.roots.len(),
+        });
+    }
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let each = limit
+        .saturating_sub(OWN_DESCRIPTORS)
+        .checked_div(shares.roots.len() as u64)
+        .unwrap_or(0);
+    let make = |(share, path): (&ShareConfig, &PathBuf)| {
+        let proc_self_fd = shares
+            .proc_self_fd
+            .try_clone()
+            .map_err(device_error("virtio-fs"))?;
+        Ok(FileSystem::new(FsConfig {
+            tag: share.tag.clone(),
+            root: path.clone(),
+            proc_self_fd,
+            read_only: share.read_only,
+            cache: share.cache,
+            request_queues: config.vcpus.into(),
+            guest_descriptors: each,
+        })?)
+    };
+    config.shares.iter().zip(&shares.roots).map(make).collect()
+}
+
+/// Puts kernel, initramfs and tables into guest memory; the address of the first instruction.
+fn load_guest(
+    config: &MachineConfig,
+    descriptors: &mut Descriptors,
+    memory: &GuestMemoryMmap,
+    mmio64_start: u64,
+) -> Result<GuestAddress, BuildError> {
+    let mut kernel_file = File::from(descriptors.take(config.kernel)?);
+    let kernel = kernel::load(memory, &mut kernel_file)?;
+    let initramfs = match config.initramfs {
+        Some(index) => {
+            let file = File::from(descriptors.take(index)?);
+            Some(pvh::load_initramfs(memory, file, kernel.end)?)
+        }
+        None => None,
+    };
+    let rsdp = acpi::write(memory, config.vcpus, mmio64_start)?;
+    pvh::write(memory, &config.cmdline, initramfs, rsdp)?;
+    Ok(kernel.entry)
 }

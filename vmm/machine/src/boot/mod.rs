@@ -1,1 +1,5 @@
-//! From a kernel file to a processor that is about to run it.
+//! What stands in guest memory before the first instruction: kernel, initramfs, tables.
+
+pub mod acpi;
+pub mod kernel;
+pub mod pvh;

@@ -1,4 +1,9 @@
 //! KVM: the VM, its processors, and what they are told about themselves.
 
+pub mod cpuid;
 pub mod ending;
 pub mod interrupts;
+pub mod ports;
+pub mod registers;
+pub mod vcpu;
+pub mod vm;

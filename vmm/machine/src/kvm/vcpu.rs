@@ -1,0 +1,183 @@
+//! A processor: made on the control thread, run on its own.
+
+use std::cell::Cell;
+use std::ffi::{c_int, c_void};
+use std::ptr::null_mut;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::thread::JoinHandle;
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vm_memory::GuestAddress;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use super::cpuid::{self, Processors};
+use super::ending::Ending;
+use super::vm::{KvmError, Vm, call};
+use super::{ports, registers};
+use crate::control::ExitReason;
+use crate::threads::{self, ThreadClass};
+
+/// What a processor finds at addresses without RAM.
+pub trait Mmio: Send + Sync + std::fmt::Debug {
+    /// Fills `data`, wherever `address` is.
+    fn read(&self, address: u64, data: &mut [u8]);
+    /// Takes `data`, wherever `address` is.
+    fn write(&self, address: u64, data: &[u8]);
+}
+
+/// A processor that has not run yet.
+#[derive(Debug)]
+pub struct Vcpu {
+    fd: VcpuFd,
+    id: u8,
+}
+
+impl Vcpu {
+    /// Makes all processors of a machine; the first is to start at `entry`, the others when it wakes them.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn create_all(vm: &Vm, count: u8, entry: GuestAddress) -> Result<Vec<Self>, KvmError> {
+        let vcpus = (0..count)
+            .map(|id| Self::create(vm, count, id))
+            .collect::<Result<Vec<_>, _>>()?;
+        if let Some(first) = vcpus.first() {
+            first.enter_at(entry)?;
+        }
+        Ok(vcpus)
+    }
+
+    fn create(vm: &Vm, count: u8, id: u8) -> Result<Self, KvmError> {
+        let fd = vm
+            .fd()
+            .create_vcpu(id.into())
+            .map_err(call("KVM_CREATE_VCPU"))?;
+        let processors = Processors {
+            count,
+            tsc_khz: fd.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))?,
+            deadline_timer: vm.deadline_timer(),
+        };
+        let cpuid = cpuid::of_processor(vm.supported_cpuid(), processors, id)?;
+        fd.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
+        let msrs = registers::model_specific()
+            .map_err(|source| KvmError::List("model-specific registers", source))?;
+        let set = fd.set_msrs(&msrs).map_err(call("KVM_SET_MSRS"))?;
+        if set != msrs.as_slice().len() {
+            return Err(KvmError::Lacks(
+                "a model-specific register of every x86-64 processor",
+            ));
+        }
+        Ok(Self { fd, id })
+    }
+
+    fn enter_at(&self, entry: GuestAddress) -> Result<(), KvmError> {
+        let reset = self.fd.get_sregs().map_err(call("KVM_GET_SREGS"))?;
+        self.fd
+            .set_sregs(&registers::pvh_system(&reset))
+            .map_err(call("KVM_SET_SREGS"))?;
+        self.fd
+            .set_regs(&registers::pvh_general(entry))
+            .map_err(call("KVM_SET_REGS"))
+    }
+
+    /// Runs it on a thread of its own until the machine ends.
+    ///
+    /// # Errors
+    /// When there is no thread to be had.
+    pub fn start(self, mmio: Arc<dyn Mmio>, ending: Ending) -> std::io::Result<Running> {
+        register_signal_handler(kick_signal(), leave_guest)
+            .map_err(|error| std::io::Error::from_raw_os_error(error.errno()))?;
+        let name = format!("vcpu{}", self.id);
+        let thread = threads::spawn(ThreadClass::Vcpu, &name, move || {
+            run(self.fd, &*mmio, &ending);
+        })?;
+        Ok(Running(thread))
+    }
+}
+
+/// A processor's thread.
+#[derive(Debug)]
+pub struct Running(JoinHandle<()>);
+
+impl Running {
+    /// Makes it leave the guest and see whether the machine has ended.
+    pub fn kick(&self) {
+        // The thread may have ended by itself; it is not gone before it is joined.
+        let _ = self.0.kill(kick_signal());
+    }
+
+    /// Waits for the thread's end.
+    pub fn join(self) {
+        // A panic aborts the process, so that there is no other way for it to end.
+        let _ = self.0.join();
+    }
+}
+
+fn kick_signal() -> c_int {
+    SIGRTMIN()
+}
+
+thread_local! {
+    /// `kvm_run.immediate_exit` of the processor that this thread runs.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(null_mut()) };
+}
+
+/// The signal itself ends a `KVM_RUN` under way. One that comes just before would be lost without the flag.
+extern "C" fn leave_guest(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: the pointer is set by `run` on this very thread, from a mapping that lives until
+        // `run` has cleared it again; the kernel reads the byte concurrently, hence the atomic.
+        unsafe { AtomicU8::from_ptr(flag) }.store(1, Ordering::Relaxed);
+    }
+}
+
+fn run(mut vcpu: VcpuFd, mmio: &dyn Mmio, ending: &Ending) {
+    IMMEDIATE_EXIT.set(&raw mut vcpu.get_kvm_run().immediate_exit);
+    while !ending.is_over() {
+        if let Some(reason) = step(&mut vcpu, mmio) {
+            ending.end(reason);
+        }
+    }
+    IMMEDIATE_EXIT.set(null_mut());
+}
+
+/// Runs the guest up to its next exit and serves that; the machine's end, if that is what it means.
+fn step(vcpu: &mut VcpuFd, mmio: &dyn Mmio) -> Option<ExitReason> {
+    match vcpu.run() {
+        Ok(VcpuExit::MmioWrite(address, data)) => mmio.write(address, data),
+        Ok(VcpuExit::MmioRead(address, data)) => mmio.read(address, data),
+        Ok(VcpuExit::IoOut(port, data)) => return ports::write(port, data),
+        Ok(VcpuExit::IoIn(port, data)) => ports::read(port, data),
+        // Kicked, or woken while it waits to be started.
+        Ok(VcpuExit::Intr) => {}
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
+        Ok(VcpuExit::Shutdown) => return Some(ExitReason::TripleFault),
+        Ok(VcpuExit::InternalError) => return Some(internal_error(vcpu)),
+        Ok(VcpuExit::FailEntry(reason, cpu)) => {
+            return Some(failed(format!(
+                "the host's processor {cpu} refused to run the guest: hardware reason {reason:#x}"
+            )));
+        }
+        Ok(exit) => return Some(failed(format!("KVM left the guest unexpectedly: {exit:?}"))),
+        Err(error) => return Some(failed(format!("KVM_RUN failed: {error}"))),
+    }
+    None
+}
+
+fn internal_error(vcpu: &mut VcpuFd) -> ExitReason {
+    // SAFETY: KVM has just left with KVM_EXIT_INTERNAL_ERROR, whose part of the union this is.
+    let internal = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal };
+    let count = usize::try_from(internal.ndata).unwrap_or(usize::MAX);
+    let data = internal.data.get(..count).unwrap_or(&internal.data);
+    let at = vcpu.get_regs().map(|registers| registers.rip);
+    failed(format!(
+        "KVM could not go on with the guest: suberror {}, data {data:x?}, at {at:x?}",
+        internal.suberror
+    ))
+}
+
+fn failed(detail: String) -> ExitReason {
+    ExitReason::Failed(detail)
+}
