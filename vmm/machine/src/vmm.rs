@@ -96,6 +96,11 @@ impl Descriptors {
             .and_then(Option::take)
             .ok_or(BuildError::Descriptor(index.0))
     }
+
+    /// Those that nobody has taken yet.
+    pub fn remaining(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.0.iter().flatten().map(AsFd::as_fd)
+    }
 }
 
 /// A virtual machine, built and not yet ended.

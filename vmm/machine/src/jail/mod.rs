@@ -29,6 +29,7 @@ use std::path::PathBuf;
 
 use crate::channel::{Channel, ChannelError};
 
+pub(crate) use privileges::set_capabilities;
 pub use privileges::{FILE_SERVER_CAPABILITIES, MAX_OPEN_FILES};
 
 /// How the process that serves the shares reaches them.
