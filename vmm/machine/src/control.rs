@@ -65,6 +65,8 @@ pub enum ConnectRefused {
     Reset,
     #[error("the guest's vsock driver is not up")]
     NoDriver,
+    #[error("the guest did not answer in time")]
+    TimedOut,
     #[error("too many connections are open")]
     TooMany,
 }
