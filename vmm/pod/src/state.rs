@@ -5,6 +5,7 @@
 //!   names.lock                   held while a pod's name is claimed or a pod is removed
 //!   pods/ID/lock                 flock'ed by the supervisor as long as it lives
 //!   pods/ID/state.json           [`PodStatus`], replaced atomically
+//!   pods/ID/pod.json             the manifest, as it was understood
 //!   pods/ID/events.jsonl         see [`crate::events`]
 //!   pods/ID/supervisor.sock      see [`crate::client`]
 //!   pods/ID/console.log          the end of the guest's console

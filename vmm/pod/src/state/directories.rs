@@ -136,6 +136,12 @@ impl PodDir {
         self.run.join("state.json")
     }
 
+    /// The manifest, as it was understood.
+    #[must_use]
+    pub fn manifest(&self) -> PathBuf {
+        self.run.join("pod.json")
+    }
+
     #[must_use]
     pub fn events(&self) -> PathBuf {
         self.run.join("events.jsonl")

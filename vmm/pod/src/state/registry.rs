@@ -98,7 +98,7 @@ impl Registry {
             started_at: None,
             finished_at: None,
             supervisor_pid: None,
-            machine_pid: None,
+            vmm_pid: None,
             restart_policy: restart_policy.into(),
             completed: false,
             first_failure: None,

@@ -58,7 +58,7 @@ pub struct PodStatus {
     pub supervisor_pid: Option<u32>,
     /// `hull-vmm`, as the host sees it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub machine_pid: Option<u32>,
+    pub vmm_pid: Option<u32>,
     pub restart_policy: String,
     /// Every container has ended and none will be started again.
     pub completed: bool,
@@ -69,8 +69,13 @@ pub struct PodStatus {
     pub guest_kernel: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent_version: Option<String>,
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(
+        default,
+        rename = "initContainerStatuses",
+        skip_serializing_if = "Vec::is_empty"
+    )]
     pub init_containers: Vec<ContainerStatus>,
+    #[serde(rename = "containerStatuses")]
     pub containers: Vec<ContainerStatus>,
     /// The manifest's file, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -122,7 +127,7 @@ pub struct ContainerStatus {
     pub state: ContainerState,
     /// How it ended before the last restart.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub last_state: Option<Terminated>,
+    pub last_state: Option<ContainerState>,
     /// Ended, and not to be started again.
     #[serde(default)]
     pub finished: bool,
@@ -212,7 +217,7 @@ mod tests {
             started_at: None,
             finished_at: None,
             supervisor_pid: Some(1),
-            machine_pid: None,
+            vmm_pid: None,
             restart_policy: "Always".into(),
             completed: false,
             first_failure: None,
@@ -247,7 +252,7 @@ mod tests {
         let json = serde_json::to_value(pod()).unwrap();
 
         assert_eq!(
-            json["containers"][0]["state"]["waiting"]["reason"],
+            json["containerStatuses"][0]["state"]["waiting"]["reason"],
             "ContainerCreating"
         );
     }
