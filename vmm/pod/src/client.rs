@@ -1,1 +1,231 @@
-//! Asks a running pod's supervisor over its socket.
+//! Asks a running pod's supervisor over its socket, and starts one.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use hull_machine::channel::{AsyncChannel, Channel, ChannelError, SocketError};
+
+use crate::manifest::PodManifest;
+use crate::state::{Claim, PodDir, PodStatus, StateError, read_record, replace_file};
+use crate::supervisor::api::{Exec, Refusal, Reply, Request, Size, Target};
+
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    #[error("starting the pod's supervisor")]
+    Start(#[source] io::Error),
+    #[error("the pod's supervisor is not there")]
+    Connect(#[from] SocketError),
+    #[error("talking to the pod's supervisor")]
+    Channel(#[from] ChannelError),
+    #[error("{message}")]
+    Refused { kind: Refusal, message: String },
+    #[error("the pod has ended")]
+    Ended,
+    #[error("the pod's supervisor gave an answer to something else")]
+    Unexpected,
+    #[error("the pod's files")]
+    State(#[from] StateError),
+    #[error("writing the pod's manifest")]
+    Manifest(#[source] serde_json::Error),
+}
+
+/// A connection to a pod's supervisor.
+#[derive(Debug)]
+pub struct Client {
+    channel: AsyncChannel,
+    dir: PodDir,
+}
+
+impl Client {
+    /// Connects to the supervisor of a pod.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn connect(dir: &PodDir) -> Result<Self, ClientError> {
+        Ok(Self {
+            channel: AsyncChannel::connect(&dir.socket())?,
+            dir: dir.clone(),
+        })
+    }
+
+    /// Starts a supervisor for a claimed pod: `program` with `args`, which end in
+    /// [`crate::supervisor::supervise`]. The pod's name is the supervisor's from now on.
+    ///
+    /// # Errors
+    /// When it can't be started. The claim is then gone.
+    pub fn start(
+        claim: Claim,
+        manifest: &PodManifest,
+        program: &Path,
+        args: Vec<OsString>,
+    ) -> Result<Self, ClientError> {
+        let Claim { dir, lock, .. } = claim;
+        let content = serde_json::to_vec(manifest).map_err(ClientError::Manifest)?;
+        replace_file(&dir.manifest(), &content)?;
+        let log = File::options()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(dir.supervisor_log())
+            .map_err(ClientError::Start)?;
+        let (ours, theirs) = Channel::pair().map_err(ClientError::Start)?;
+        // A group of its own from the first moment: a Ctrl-C is ours to pass on. The child is not
+        // waited for, it outlives us.
+        let _child = Command::new(program)
+            .args(args)
+            .current_dir("/")
+            .process_group(0)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::from(log.try_clone().map_err(ClientError::Start)?))
+            .stderr(Stdio::from(log))
+            .spawn()
+            .map_err(ClientError::Start)?;
+        ours.send(&Request::Start, &[lock.as_fd()])?;
+        Ok(Self {
+            channel: AsyncChannel::new(ours).map_err(ClientError::Start)?,
+            dir,
+        })
+    }
+
+    #[must_use]
+    pub fn dir(&self) -> &PodDir {
+        &self.dir
+    }
+
+    /// Asks for word of every change; see [`Self::changed`].
+    ///
+    /// # Errors
+    /// When the connection is broken.
+    pub async fn follow(&self) -> Result<(), ClientError> {
+        match self.channel.send(&Request::Follow, &[]).await {
+            // An end is told by `changed`.
+            Ok(()) | Err(ChannelError::Send(_)) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits for the next change, after [`Self::follow`]. None: the supervisor has ended.
+    ///
+    /// # Errors
+    /// When the pod's state can't be read.
+    pub async fn changed(&self) -> Result<Option<PodStatus>, ClientError> {
+        loop {
+            match self.channel.receive::<Reply>().await {
+                Ok(Some((Reply::Changed, _))) => {
+                    return Ok(Some(read_record(self.dir.clone())?.status));
+                }
+                // The answer to a Stop.
+                Ok(Some(_)) => {}
+                Ok(None) | Err(ChannelError::Receive(_)) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Asks for the pod's end; [`Self::ended`] waits for it. `None`: as the manifest has it.
+    ///
+    /// # Errors
+    /// When the connection is broken.
+    pub async fn stop(&self, grace_seconds: Option<u64>) -> Result<(), ClientError> {
+        match self
+            .channel
+            .send(&Request::Stop { grace_seconds }, &[])
+            .await
+        {
+            // It has ended already.
+            Ok(()) | Err(ChannelError::Send(_)) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits for the supervisor's end.
+    pub async fn ended(&self) {
+        while let Ok(Some(_)) = self.channel.receive::<Reply>().await {}
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when there is nobody to take it.
+    pub async fn kill(&self, target: Target, signal: u32) -> Result<(), ClientError> {
+        match self.ask(&Request::Kill { target, signal }).await? {
+            (Reply::Done, _) => Ok(()),
+            _ => Err(ClientError::Unexpected),
+        }
+    }
+
+    /// Runs a process in a container.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when it can't be run.
+    pub async fn exec(self, exec: Exec) -> Result<Session, ClientError> {
+        let (reply, streams) = self.ask(&Request::Exec(exec)).await?;
+        let Reply::ExecStarted { stdin, stderr } = reply else {
+            return Err(ClientError::Unexpected);
+        };
+        // The channel has checked that there are as many as the reply says.
+        let mut streams = streams.into_iter();
+        let stdin = if stdin { streams.next() } else { None };
+        let stdout = streams.next().ok_or(ClientError::Unexpected)?;
+        let stderr = if stderr { streams.next() } else { None };
+        Ok(Session {
+            channel: self.channel,
+            stdin,
+            stdout: Some(stdout),
+            stderr,
+        })
+    }
+
+    async fn ask(&self, request: &Request) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
+        self.channel.send(request, &[]).await?;
+        match self.channel.receive().await? {
+            Some((Reply::Refused { kind, message }, _)) => {
+                Err(ClientError::Refused { kind, message })
+            }
+            Some(answer) => Ok(answer),
+            None => Err(ClientError::Ended),
+        }
+    }
+}
+
+/// A process in a container. Dropping it hangs up.
+#[derive(Debug)]
+pub struct Session {
+    channel: AsyncChannel,
+    /// Sockets in blocking mode, to be taken. Shutting standard input down is its end.
+    pub stdin: Option<OwnedFd>,
+    pub stdout: Option<OwnedFd>,
+    pub stderr: Option<OwnedFd>,
+}
+
+impl Session {
+    /// Tells the size of the client's terminal.
+    ///
+    /// # Errors
+    /// When the connection is broken.
+    pub async fn resize(&self, size: Size) -> Result<(), ClientError> {
+        Ok(self.channel.send(&Request::Resize(size), &[]).await?)
+    }
+
+    /// Waits for the process's end, and returns its exit code.
+    ///
+    /// # Errors
+    /// When the pod ends before it.
+    pub async fn ended(&self) -> Result<i32, ClientError> {
+        match self.channel.receive::<Reply>().await? {
+            Some((Reply::ExecEnded { exit_code }, _)) => Ok(exit_code),
+            Some((Reply::Refused { kind, message }, _)) => {
+                Err(ClientError::Refused { kind, message })
+            }
+            Some(_) => Err(ClientError::Unexpected),
+            None => Err(ClientError::Ended),
+        }
+    }
+}

@@ -7,6 +7,7 @@ pub mod images;
 pub mod logs;
 pub mod manifest;
 pub mod oci;
+pub mod signal;
 pub mod state;
 pub mod supervisor;
 pub mod text;

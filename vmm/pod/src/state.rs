@@ -24,7 +24,7 @@ mod status;
 pub use directories::{Directories, PodDir, PodId};
 pub(crate) use directories::{private_dir, replace as replace_file};
 pub use registry::{Claim, Liveness, PodRecord, Registry};
-pub(crate) use registry::{liveness, read_record, remove_tree, write_status};
+pub(crate) use registry::{read_record, remove_tree, write_status};
 pub use status::{ContainerState, ContainerStatus, Phase, PodStatus, Running, Terminated, Waiting};
 
 use std::io;

@@ -21,9 +21,37 @@ pub fn printable(bytes: &[u8]) -> String {
     out
 }
 
+/// An error and all its causes in one line: what was being done, to what, and why it failed.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // Some errors show their cause themselves.
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("starting {0}")]
+    struct Outer(&'static str, #[source] std::io::Error);
+
+    #[test]
+    fn a_chain_is_one_line() {
+        let error = Outer("web", std::io::Error::other("no room"));
+
+        assert_eq!(chain(&error), "starting web: no room");
+    }
 
     #[test]
     fn cutting_keeps_characters_whole() {

@@ -5,6 +5,8 @@ use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -14,6 +16,8 @@ use crate::state::{StateError, private_dir};
 
 /// Read at once. With a line for each stream this is all that a writer holds.
 const CHUNK: usize = 64 * 1024;
+/// How soon a disk that was full is tried again.
+const FULL_DISK_RETRY: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StreamName {
@@ -71,9 +75,15 @@ impl LogWriter {
     /// Copies until every stream has ended. Blocks; meant for a thread of its own. A disk that
     /// is slow stops the reading, and so in the end the container.
     ///
+    /// A full disk is waited for. `progress` counts the bytes that have been read.
+    ///
     /// # Errors
     /// When the log can't be written. The streams are then closed, and the container gets EPIPE.
-    pub fn copy(mut self, mut streams: Vec<(StreamName, OwnedFd)>) -> io::Result<()> {
+    pub fn copy(
+        mut self,
+        mut streams: Vec<(StreamName, OwnedFd)>,
+        progress: &AtomicU64,
+    ) -> io::Result<()> {
         let mut chunk = vec![0u8; CHUNK];
         while !streams.is_empty() {
             let mut ready: Vec<PollFd<'_>> = streams
@@ -92,7 +102,10 @@ impl LogWriter {
                 }
                 match rustix::io::read(fd.as_fd(), &mut chunk[..]) {
                     Ok(0) => ended.push(n),
-                    Ok(length) => self.write(*name, &chunk[..length])?,
+                    Ok(length) => {
+                        progress.fetch_add(length as u64, Ordering::Relaxed);
+                        self.write(*name, &chunk[..length])?;
+                    }
                     Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
                     // The machine is gone: what was read so far is all that there is.
                     Err(_) => ended.push(n),
@@ -145,7 +158,7 @@ impl LogWriter {
                 }
             }
         }
-        self.file.write_all(&self.out)
+        self.flush()
     }
 
     /// Writes what had no line end.
@@ -160,7 +173,29 @@ impl LogWriter {
                 self.out.push(b'\n');
             }
         }
-        self.file.write_all(&self.out)
+        self.flush()
+    }
+
+    /// Writes what has been put together. A full disk blocks, as a slow one does.
+    fn flush(&mut self) -> io::Result<()> {
+        let mut left = &self.out[..];
+        while !left.is_empty() {
+            match self.file.write(left) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(length) => left = &left[length..],
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+                    ) =>
+                {
+                    std::thread::sleep(FULL_DISK_RETRY);
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
     }
 }
 
@@ -260,12 +295,14 @@ mod tests {
         rustix::io::write(&err_write, b"err\n").unwrap();
         drop(err_write);
 
-        log.copy(vec![
+        let progress = AtomicU64::new(0);
+        let streams = vec![
             (StreamName::Stdout, out_read),
             (StreamName::Stderr, err_read),
-        ])
-        .unwrap();
+        ];
+        log.copy(streams, &progress).unwrap();
 
+        assert_eq!(progress.into_inner(), 8);
         assert_eq!(lines(root.path()), ["stdout F out", "stderr F err"]);
     }
 

@@ -281,7 +281,12 @@ pub(crate) fn remove_tree(path: &Path) -> Result<(), StateError> {
         let busy = io::Error::from(io::ErrorKind::ResourceBusy);
         return Err(StateError::io("unmount", mount, busy));
     }
-    match fs::remove_dir_all(path) {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(e) => Err(e),
+    };
+    match removed {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(StateError::io("remove", path, e)),
         _ => Ok(()),
     }

@@ -1,1 +1,176 @@
-//! The process that has authority over one pod: from its machine to its last container.
+//! One pod, from its machine to its last container: a process of its own for each.
+//!
+//! The recipe is [`Pod::live`]. Everything made on the way belongs to the process: its mounts to
+//! its mount namespace, the machine to its control socket, so that a supervisor that is killed
+//! leaves files, and `hull gc` removes those.
+
+pub mod api;
+mod backoff;
+mod console;
+mod container;
+mod exec;
+mod failure;
+mod installation;
+mod limits;
+mod machine;
+mod pod;
+mod record;
+mod server;
+mod stop;
+
+pub use failure::PodFailure;
+pub use installation::{Installation, InstallationError};
+pub use limits::Limits;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, OnceLock};
+
+use hull_machine::channel::{AsyncChannel, Channel, ChannelError, Listener, SocketError};
+use rustix::fs::Mode;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::manifest::PodManifest;
+use crate::state::{Directories, PodId, StateError, read_record};
+use crate::text::chain;
+use crate::volumes::VolumeError;
+use api::Request;
+use pod::Pod;
+pub(crate) use pod::PodContext;
+use record::Record;
+use server::Service;
+use stop::Stop;
+
+/// A manifest is never longer than this once it has been read.
+const MANIFEST_MAX: u64 = 16 << 20;
+
+/// Why a supervisor did not even begin.
+#[derive(Debug, thiserror::Error)]
+pub enum SupervisorError {
+    #[error("this command is started by `hull run`, not by hand")]
+    NotStarted,
+    #[error("talking to hull run")]
+    Channel(#[from] ChannelError),
+    #[error("{doing}")]
+    Io {
+        doing: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("mounts of its own")]
+    Namespace(#[source] VolumeError),
+    #[error("the pod's files")]
+    State(#[from] StateError),
+    #[error("the pod's socket")]
+    Socket(#[from] SocketError),
+    #[error("reading the pod's manifest")]
+    Manifest(#[source] serde_json::Error),
+}
+
+fn io_error(doing: &'static str) -> impl FnOnce(io::Error) -> SupervisorError {
+    move |source| SupervisorError::Io { doing, source }
+}
+
+/// Runs the supervisor of a pod that has been claimed. Its standard input is one end of a
+/// [`Channel`] on which [`Request::Start`] comes with the pod's lock; its starter is its first client.
+///
+/// # Errors
+/// When it can't begin. What happens to the pod after that is in its state.
+pub fn supervise(directories: &Directories, id: &PodId) -> Result<(), SupervisorError> {
+    let (channel, _lock) = take_over()?;
+    crate::volumes::enter_private_namespace().map_err(SupervisorError::Namespace)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(io_error("starting tasks"))?;
+    let result = runtime.block_on(serve(directories, id, channel));
+    // A log that waits for its disk must not hold up the end.
+    runtime.shutdown_background();
+    result
+}
+
+/// Becomes a process that no terminal and no starter has a hold on, and gets the pod's lock.
+fn take_over() -> Result<(Channel, File), SupervisorError> {
+    let stdin = io::stdin();
+    let channel = Channel::new(
+        stdin
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(io_error("taking the starter's socket"))?,
+    );
+    let null = File::open("/dev/null").map_err(io_error("opening /dev/null"))?;
+    rustix::stdio::dup2_stdin(&null).map_err(|e| io_error("closing standard input")(e.into()))?;
+    let received = channel.receive::<Request>();
+    let Ok(Some((Request::Start, mut descriptors))) = received else {
+        return Err(received
+            .err()
+            .map_or(SupervisorError::NotStarted, SupervisorError::from));
+    };
+    let lock = descriptors.pop().ok_or(SupervisorError::NotStarted)?;
+    rustix::process::setsid().map_err(|e| io_error("leaving the terminal")(e.into()))?;
+    // Modes are meant as they are written, whatever the user's mask.
+    rustix::process::umask(Mode::WGRP | Mode::WOTH);
+    Ok((channel, lock.into()))
+}
+
+async fn serve(
+    directories: &Directories,
+    id: &PodId,
+    starter: Channel,
+) -> Result<(), SupervisorError> {
+    let dir = directories.pod(id);
+    let manifest = read_manifest(&dir.manifest())?;
+    let mut status = read_record(dir.clone())?.status;
+    status.supervisor_pid = Some(std::process::id());
+    let record = Arc::new(Record::new(dir.clone(), status)?);
+    let stop = Stop::new(manifest.termination_grace_period());
+    let service = Arc::new(Service {
+        record: Arc::clone(&record),
+        stop: stop.clone(),
+        limits: Limits::from_environment(),
+        agent: OnceLock::new(),
+    });
+
+    let listener = Listener::bind(&dir.socket())?;
+    tokio::spawn(Arc::clone(&service).listen(listener));
+    let starter = AsyncChannel::new(starter).map_err(io_error("watching the starter's socket"))?;
+    let first = Arc::clone(&service);
+    tokio::spawn(async move { first.client(starter).await });
+    tokio::spawn(stop_on_sigterm(stop.clone())?);
+
+    Pod {
+        directories: directories.clone(),
+        manifest: Arc::new(manifest),
+        record,
+        stop,
+        service,
+    }
+    .run()
+    .await;
+    Ok(())
+}
+
+/// A host that shuts down asks in this way.
+fn stop_on_sigterm(stop: Stop) -> Result<impl Future<Output = ()>, SupervisorError> {
+    let mut sigterm = signal(SignalKind::terminate()).map_err(io_error("watching signals"))?;
+    Ok(async move {
+        while sigterm.recv().await.is_some() {
+            stop.request(None);
+        }
+    })
+}
+
+fn read_manifest(path: &std::path::Path) -> Result<PodManifest, SupervisorError> {
+    use io::Read;
+    let mut content = Vec::new();
+    File::open(path)
+        .and_then(|file| file.take(MANIFEST_MAX).read_to_end(&mut content))
+        .map_err(|e| StateError::io("read", path, e))?;
+    serde_json::from_slice(&content).map_err(SupervisorError::Manifest)
+}
+
+/// Says in the supervisor's own log why it did not begin.
+pub fn report(error: &SupervisorError) {
+    tracing::error!(error = chain(error), "the supervisor did not begin");
+}

@@ -1,0 +1,467 @@
+//! One container, from its first start to its last end.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use super::PodContext;
+use super::backoff::Backoff;
+use super::failure::PodFailure;
+use crate::agent::{AgentError, ExitStatus, Process, Stdio};
+use crate::events::EventType;
+use crate::images::Image;
+use crate::logs::{LogWriter, StreamName};
+use crate::manifest::RestartPolicy;
+use crate::oci::ContainerSpec;
+use crate::signal;
+use crate::state::{ContainerState, Running, Terminated, Waiting};
+use crate::supervisor::api::Size;
+use crate::text::chain;
+
+const SIGKILL: u32 = 9;
+const SIGTERM: u32 = 15;
+/// Until somebody attaches and says how large theirs is.
+const TERMINAL: Size = Size {
+    columns: 80,
+    rows: 24,
+};
+
+/// What a container is made of; kept for every time that it is started.
+#[derive(Debug)]
+pub struct Prepared {
+    pub name: String,
+    pub image: Image,
+    pub spec: ContainerSpec,
+    pub init: bool,
+}
+
+/// A container's life.
+#[derive(Debug)]
+pub struct Container {
+    pub pod: Arc<PodContext>,
+    pub prepared: Prepared,
+}
+
+impl Container {
+    /// Runs the container until it has ended for good, and returns its last exit code. `started`
+    /// is told when the first start has been tried.
+    ///
+    /// # Errors
+    /// When the agent is lost, and so the pod.
+    pub async fn run(self, started: oneshot::Sender<()>) -> Result<i32, PodFailure> {
+        let name = self.prepared.name.as_str();
+        let record = &self.pod.record;
+        let mut started = Some(started);
+        let mut backoff = Backoff::default();
+        let mut restart = 0;
+        loop {
+            let begun = Instant::now();
+            let end = self.once(restart, &mut started).await?;
+            let code = end.exit_code;
+            let again = !self.pod.stop.is_requested()
+                && restarts(self.pod.manifest.restart_policy(), self.prepared.init, code);
+            record.update(|status| {
+                if !again && code != 0 && status.first_failure.is_none() {
+                    status.first_failure = Some(code);
+                }
+                if let Some(container) = status.container_mut(name) {
+                    container.state = ContainerState::Terminated(end.clone());
+                    container.finished = !again;
+                }
+            });
+            if !again {
+                return Ok(code);
+            }
+            let wait = backoff.next(begun.elapsed());
+            if !wait.is_zero() && !self.back_off(wait, &end).await {
+                record.update(|status| {
+                    if code != 0 && status.first_failure.is_none() {
+                        status.first_failure = Some(code);
+                    }
+                    if let Some(container) = status.container_mut(name) {
+                        container.state = ContainerState::Terminated(end);
+                        container.finished = true;
+                    }
+                });
+                return Ok(code);
+            }
+            restart += 1;
+            record.update_container(name, |container| {
+                container.last_state = Some(ContainerState::Terminated(end));
+                container.restart_count = restart;
+                container.state = waiting("ContainerCreating", None);
+            });
+        }
+    }
+
+    /// Waits before a restart. False: the pod is to end.
+    async fn back_off(&self, wait: Duration, end: &Terminated) -> bool {
+        let name = self.prepared.name.as_str();
+        let message = format!(
+            "back-off {} s before container {name} is started again",
+            wait.as_secs()
+        );
+        let record = &self.pod.record;
+        record.event(EventType::Warning, "BackOff", Some(name), &message);
+        record.update_container(name, |container| {
+            container.last_state = Some(ContainerState::Terminated(end.clone()));
+            container.state = waiting("CrashLoopBackOff", Some(message));
+        });
+        tokio::select! {
+            () = tokio::time::sleep(wait) => true,
+            () = self.pod.stop.requested() => false,
+        }
+    }
+
+    /// Starts the container once and waits for its end.
+    async fn once(
+        &self,
+        restart: u32,
+        started: &mut Option<oneshot::Sender<()>>,
+    ) -> Result<Terminated, PodFailure> {
+        let name = self.prepared.name.as_str();
+        let record = &self.pod.record;
+        let output = match self.start(restart).await {
+            Ok(output) => output,
+            Err(StartError::Agent(AgentError::Lost)) => return Err(PodFailure::AgentLost),
+            Err(error) => {
+                let message = chain(&error);
+                record.event(EventType::Warning, "Failed", Some(name), &message);
+                self.take_away(restart).await;
+                tell(started);
+                return Ok(Terminated {
+                    exit_code: error.exit_code(),
+                    signal: None,
+                    reason: "StartError".into(),
+                    message: Some(message),
+                    started_at: None,
+                    finished_at: Timestamp::now(),
+                });
+            }
+        };
+        let started_at = Timestamp::now();
+        record.set_container(name, ContainerState::Running(Running { started_at }));
+        let message = format!("started container {name}");
+        record.event(EventType::Normal, "Started", Some(name), &message);
+        tell(started);
+
+        let exit = self.wait().await?;
+        // All that it has printed is in the log before anybody hears of its end.
+        output.drain(self.pod.limits.drain).await;
+        let end = terminated(exit, started_at);
+        let kind = if end.exit_code == 0 {
+            EventType::Normal
+        } else {
+            EventType::Warning
+        };
+        let message = format!("container {name} ended with code {}", end.exit_code);
+        record.event(kind, &end.reason, Some(name), &message);
+        self.take_away(restart).await;
+        Ok(end)
+    }
+
+    async fn start(&self, restart: u32) -> Result<Output, StartError> {
+        let Self { pod, prepared } = self;
+        let name = prepared.name.as_str();
+        let rootfs = rootfs(name, restart);
+        // The first ones are mounted before the machine starts.
+        if restart > 0 {
+            let (share, image, rootfs) = (
+                Arc::clone(&pod.share),
+                prepared.image.clone(),
+                rootfs.clone(),
+            );
+            tokio::task::spawn_blocking(move || share.mount_root(&rootfs, &image))
+                .await
+                .map_err(std::io::Error::from)
+                .map_err(StartError::Log)??;
+        }
+        let tty = prepared.spec.tty.then_some(TERMINAL);
+        let stdio = pod.agent.open_stdio(prepared.spec.stdin, tty).await?;
+        pod.agent
+            .create_container(name, &prepared.spec, &format!("rootfs/{rootfs}"), &stdio)
+            .await?;
+        let message = format!("created container {name}");
+        pod.record
+            .event(EventType::Normal, "Created", Some(name), &message);
+        // The log reads before the process runs, so that it never waits for us.
+        let log = LogWriter::create(&pod.record.dir().container_logs(name), restart)?;
+        let output = Output::copy(stdio, log, name).map_err(StartError::Log)?;
+        pod.agent.start_container(name).await?;
+        Ok(output)
+    }
+
+    /// Waits for the process's end, and brings it about when the pod is to end.
+    async fn wait(&self) -> Result<ExitStatus, PodFailure> {
+        let Self { pod, prepared } = self;
+        let process = Process::Container(&prepared.name);
+        let wait = pod.agent.wait(process);
+        tokio::pin!(wait);
+        tokio::select! {
+            exit = &mut wait => return exit.map_err(PodFailure::from),
+            () = pod.stop.requested() => {}
+        }
+
+        let message = format!("stopping container {}", prepared.name);
+        pod.record
+            .event(EventType::Normal, "Killing", Some(&prepared.name), &message);
+        let stop_signal = prepared
+            .image
+            .config
+            .config()
+            .as_ref()
+            .and_then(|config| config.stop_signal().as_deref().and_then(signal::parse))
+            .unwrap_or(SIGTERM);
+        // A process that has just ended is what is wanted: then `wait` tells.
+        let _ = pod.agent.signal(process, stop_signal, false).await;
+        tokio::select! {
+            exit = &mut wait => return exit.map_err(PodFailure::from),
+            () = pod.stop.deadline() => {}
+        }
+        let _ = pod.agent.signal(process, SIGKILL, true).await;
+        match timeout(pod.limits.end, wait).await {
+            Ok(exit) => exit.map_err(PodFailure::from),
+            // It goes with the machine.
+            Err(_) => Ok(ExitStatus {
+                code: 137,
+                signal: Some(9),
+                oom_killed: false,
+            }),
+        }
+    }
+
+    /// Removes what is left of one start. When the pod ends, that goes with the machine.
+    async fn take_away(&self, restart: u32) {
+        let Self { pod, prepared } = self;
+        if pod.stop.is_requested() {
+            return;
+        }
+        // Not found: it was never created.
+        if let Err(error) = pod.agent.remove_container(&prepared.name).await {
+            tracing::warn!(container = prepared.name, error = chain(&error), "removing");
+        }
+        let (share, rootfs) = (Arc::clone(&pod.share), rootfs(&prepared.name, restart));
+        let removed = tokio::task::spawn_blocking(move || share.unmount_root(&rootfs)).await;
+        if let Ok(Err(error)) = removed {
+            tracing::warn!(container = prepared.name, error = chain(&error), "removing");
+        }
+    }
+}
+
+/// The name of a root file system below `rootfs/`: another one for each start, so that what the
+/// guest remembers of the last never shows in this one. A dot is in no container's name.
+pub fn rootfs(container: &str, restart: u32) -> String {
+    match restart {
+        0 => container.to_owned(),
+        restart => format!("{container}.{restart}"),
+    }
+}
+
+/// Why a container was not started.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    #[error("its root file system")]
+    Root(#[from] crate::volumes::VolumeError),
+    #[error("its log")]
+    State(#[from] crate::state::StateError),
+    #[error("its log")]
+    Log(#[source] std::io::Error),
+}
+
+impl StartError {
+    fn exit_code(&self) -> i32 {
+        match self {
+            Self::Agent(error) => error.exit_code(),
+            _ => 128,
+        }
+    }
+}
+
+fn tell(started: &mut Option<oneshot::Sender<()>>) {
+    if let Some(started) = started.take() {
+        // Nobody waits any more when the pod ends.
+        let _ = started.send(());
+    }
+}
+
+fn waiting(reason: &str, message: Option<String>) -> ContainerState {
+    ContainerState::Waiting(Waiting {
+        reason: reason.into(),
+        message,
+    })
+}
+
+fn terminated(exit: ExitStatus, started_at: Timestamp) -> Terminated {
+    let reason = match exit {
+        ExitStatus {
+            oom_killed: true, ..
+        } => "OOMKilled",
+        ExitStatus { code: 0, .. } => "Completed",
+        _ => "Error",
+    };
+    Terminated {
+        exit_code: exit.code,
+        signal: exit.signal,
+        reason: reason.into(),
+        message: None,
+        started_at: Some(started_at),
+        finished_at: Timestamp::now(),
+    }
+}
+
+/// An init container of an Always pod is done when it has succeeded.
+fn restarts(policy: RestartPolicy, init: bool, code: i32) -> bool {
+    match policy {
+        RestartPolicy::Always => !init || code != 0,
+        RestartPolicy::OnFailure => code != 0,
+        RestartPolicy::Never => false,
+    }
+}
+
+/// A container's output on its way to the log.
+struct Output {
+    done: oneshot::Receiver<()>,
+    progress: Arc<AtomicU64>,
+    /// The same streams as the thread's, to end it.
+    streams: Vec<OwnedFd>,
+    /// Held open as long as the container runs, so that it never reads the end of file.
+    _stdin: Option<OwnedFd>,
+}
+
+impl Output {
+    fn copy(stdio: Stdio, log: LogWriter, container: &str) -> std::io::Result<Self> {
+        let named: Vec<(StreamName, OwnedFd)> = [
+            (StreamName::Stdout, stdio.stdout),
+            (StreamName::Stderr, stdio.stderr),
+        ]
+        .into_iter()
+        .filter_map(|(name, fd)| Some((name, fd?)))
+        .collect();
+        let streams = named
+            .iter()
+            .map(|(_, fd)| fd.try_clone())
+            .collect::<std::io::Result<_>>()?;
+        let progress = Arc::new(AtomicU64::new(0));
+        let counter = Arc::clone(&progress);
+        let (tell, done) = oneshot::channel();
+        let container = container.to_owned();
+        std::thread::Builder::new()
+            .name("log".into())
+            .spawn(move || {
+                if let Err(error) = log.copy(named, &counter) {
+                    tracing::error!(container, %error, "writing the container's log");
+                }
+                // Nobody waits any more when the pod has ended.
+                let _ = tell.send(());
+            })?;
+        Ok(Self {
+            done,
+            progress,
+            streams,
+            _stdin: stdio.stdin,
+        })
+    }
+
+    /// Waits until everything is in the log, as long as something still comes. Then cuts off: a
+    /// process that outlives its container's first one may hold a stream for ever.
+    async fn drain(mut self, idle: Duration) {
+        let mut seen = self.progress.load(Ordering::Relaxed);
+        while timeout(idle, &mut self.done).await.is_err() {
+            let now = self.progress.load(Ordering::Relaxed);
+            if now == seen {
+                for stream in &self.streams {
+                    // It may have ended by itself meanwhile.
+                    let _ = rustix::net::shutdown(stream, rustix::net::Shutdown::Both);
+                }
+                return;
+            }
+            seen = now;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policies_decide_on_restarts() {
+        use RestartPolicy::{Always, Never, OnFailure};
+
+        assert!(restarts(Always, false, 0) && restarts(Always, false, 1));
+        assert!(!restarts(Always, true, 0) && restarts(Always, true, 1));
+        assert!(!restarts(OnFailure, false, 0) && restarts(OnFailure, false, 1));
+        assert!(!restarts(Never, false, 0) && !restarts(Never, false, 1));
+    }
+
+    #[test]
+    fn ends_are_named_as_in_kubernetes() {
+        let end = |code, oom_killed| {
+            let exit = ExitStatus {
+                code,
+                signal: None,
+                oom_killed,
+            };
+            terminated(exit, Timestamp::UNIX_EPOCH).reason
+        };
+
+        assert_eq!(end(0, false), "Completed");
+        assert_eq!(end(3, false), "Error");
+        assert_eq!(end(137, true), "OOMKilled");
+    }
+
+    #[test]
+    fn each_start_has_a_root_of_its_own() {
+        assert_eq!(rootfs("web", 0), "web");
+        assert_eq!(rootfs("web", 2), "web.2");
+    }
+
+    fn output() -> (Output, OwnedFd, tempfile::TempDir) {
+        let root = tempfile::tempdir().unwrap();
+        let log = LogWriter::create(root.path(), 0).unwrap();
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let mut stdio = Stdio::default();
+        stdio.stdout = Some(ours.into());
+        (
+            Output::copy(stdio, log, "web").unwrap(),
+            theirs.into(),
+            root,
+        )
+    }
+
+    #[tokio::test]
+    async fn draining_waits_for_what_comes() {
+        let (output, theirs, root) = output();
+        let writer = std::thread::spawn(move || {
+            for _ in 0..10 {
+                rustix::io::write(&theirs, b"line\n").unwrap();
+                std::thread::sleep(Duration::from_millis(50));
+            }
+        });
+
+        output.drain(Duration::from_millis(300)).await;
+        writer.join().unwrap();
+
+        let log = std::fs::read_to_string(root.path().join("0.log")).unwrap();
+        assert_eq!(log.lines().count(), 10);
+    }
+
+    #[tokio::test]
+    async fn draining_does_not_wait_for_ever() {
+        let (output, _held_open, _root) = output();
+
+        timeout(
+            Duration::from_secs(10),
+            output.drain(Duration::from_millis(50)),
+        )
+        .await
+        .unwrap();
+    }
+}

@@ -1,0 +1,448 @@
+//! The recipe of a pod.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use hull_machine::client::{GuestConnection, Machine};
+use hull_protocol::READY_PORT;
+use jiff::Timestamp;
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::console::Console;
+use super::container::{Container, Prepared, rootfs};
+use super::failure::PodFailure;
+use super::installation::Installation;
+use super::limits::Limits;
+use super::machine::{SHARE_TAG, spec};
+use super::record::Record;
+use super::server::Service;
+use super::stop::Stop;
+use crate::agent::{Agent, Process};
+use crate::events::EventType;
+use crate::images::Store;
+use crate::manifest::PodManifest;
+use crate::oci;
+use crate::state::{ContainerState, Directories, Phase, PodStatus, Terminated, remove_tree};
+use crate::text::chain;
+use crate::volumes::{MemoryVolume, Share};
+
+/// So many lines of the console are kept with a failure.
+const CONSOLE_TAIL: usize = 40;
+
+/// What the containers of a running pod work with.
+#[derive(Debug)]
+pub(crate) struct PodContext {
+    pub manifest: Arc<PodManifest>,
+    pub record: Arc<Record>,
+    pub share: Arc<Share>,
+    pub agent: Agent,
+    pub limits: Limits,
+    pub stop: Stop,
+}
+
+/// A pod that is to live.
+#[derive(Debug)]
+pub(super) struct Pod {
+    pub directories: Directories,
+    pub manifest: Arc<PodManifest>,
+    pub record: Arc<Record>,
+    pub stop: Stop,
+    pub service: Arc<Service>,
+}
+
+/// What is on the host for the pod, before its machine.
+struct Ground {
+    share: Arc<Share>,
+    memory_volumes: Vec<MemoryVolume>,
+    init: Vec<Prepared>,
+    containers: Vec<Prepared>,
+}
+
+/// A machine whose agent has answered.
+struct Guest {
+    machine: Arc<Machine>,
+    agent: Agent,
+    /// Open as long as the agent lives.
+    alive: UnixStream,
+}
+
+impl Pod {
+    /// Lives, and writes down how it ended. Nothing but that and the logs is left.
+    pub async fn run(self) {
+        let mut console = None;
+        let result = self.live(&mut console).await;
+        let tail = match (&result, &mut console) {
+            (Err(failure), Some(console)) if failure.concerns_the_guest() => {
+                console.drain(Duration::from_secs(1)).await;
+                console.tail(CONSOLE_TAIL)
+            }
+            _ => Vec::new(),
+        };
+        // First what is left, then the last word: who reads it finds nothing any more.
+        let dir = self.record.dir().clone();
+        let cleaned = tokio::task::spawn_blocking(move || clean(&dir)).await;
+        if let Ok(Err(error)) = cleaned {
+            tracing::error!(error = chain(&error), "removing what is left of the pod");
+        }
+        self.conclude(&result, tail);
+    }
+
+    /// The recipe.
+    async fn live(&self, console: &mut Option<Console>) -> Result<(), PodFailure> {
+        self.progress("Preparing", "mounting volumes and root file systems");
+        let installation = Installation::find()?;
+        let ground = self.prepare().await?;
+        let guest = tokio::select! {
+            started = self.start(&installation, &ground, console) => started?,
+            // All that was made so far goes with the future: a machine dies when it is dropped.
+            () = self.stop.requested() => return Err(PodFailure::Stopped),
+        };
+        let machine = Arc::clone(&guest.machine);
+        let result = self.run_containers(guest, ground).await;
+        machine.kill();
+        machine.wait().await;
+        result
+    }
+
+    /// From nothing to a guest with its namespaces.
+    async fn start(
+        &self,
+        installation: &Installation,
+        ground: &Ground,
+        console: &mut Option<Console>,
+    ) -> Result<Guest, PodFailure> {
+        let limits = self.service.limits;
+        self.progress("Booting", "starting the machine");
+        let (reader, pipe) = Console::open(&self.record.dir().console())?;
+        *console = Some(reader);
+        let size = oci::machine_size(&self.manifest);
+        let spec = spec(installation, size, pipe, ground.share.root())?;
+        let (machine, connections) = Machine::launch(&installation.vmm, spec).await?;
+        let machine = Arc::new(machine);
+        let pid = u32::try_from(machine.pid()).ok();
+        self.record.update(|status| status.vmm_pid = pid);
+
+        let alive = agent_ready(&machine, connections, limits.agent_ready).await?;
+        let agent = Agent::connect(Arc::clone(&machine), limits.call).await?;
+        let info = agent.hello().await?;
+        self.record.update(|status| {
+            status.guest_kernel = Some(info.kernel_release);
+            status.agent_version = Some(info.agent_version);
+        });
+        self.record
+            .event(EventType::Normal, "Booted", None, "the agent is ready");
+
+        let infra = oci::infra(&self.manifest);
+        agent
+            .start_infra(&infra, SHARE_TAG, &ground.memory_volumes)
+            .await?;
+        self.record
+            .event(EventType::Normal, "InfraStarted", None, "started infra");
+        // It can be set but once, and this runs but once.
+        let _ = self.service.agent.set(agent.clone());
+        Ok(Guest {
+            machine,
+            agent,
+            alive,
+        })
+    }
+
+    /// All on the host that the machine will see. Blocking work, so not on the tasks' thread.
+    async fn prepare(&self) -> Result<Ground, PodFailure> {
+        let manifest = Arc::clone(&self.manifest);
+        let record = Arc::clone(&self.record);
+        let data = self.directories.data().to_owned();
+        tokio::task::spawn_blocking(move || {
+            let dir = record.dir();
+            let store = Store::open(&data)?;
+            crate::state::private_dir(&dir.share())?;
+            let share = Share::create(&dir.share(), dir.data())?;
+            let memory_volumes = share.bind_volumes(&manifest)?;
+            share.write_etc(&manifest)?;
+            let prepare = |container: &k8s_openapi::api::core::v1::Container, init| {
+                let reference = container.image.as_deref().unwrap_or_default();
+                let image = store.resolve(reference)?;
+                let spec = oci::container(&manifest, container, &image, dir.id().as_str())
+                    .map_err(|source| PodFailure::Spec {
+                        container: container.name.clone(),
+                        source,
+                    })?;
+                share.mount_root(&rootfs(&container.name, 0), &image)?;
+                record.update_container(&container.name, |status| {
+                    status.image.clone_from(&image.reference);
+                    status.image_id = Some(image.id.clone());
+                });
+                Ok::<_, PodFailure>(Prepared {
+                    name: container.name.clone(),
+                    image,
+                    spec,
+                    init,
+                })
+            };
+            let init = manifest
+                .init_containers()
+                .iter()
+                .map(|c| prepare(c, true))
+                .collect::<Result<_, _>>()?;
+            let containers = manifest
+                .containers()
+                .iter()
+                .map(|c| prepare(c, false))
+                .collect::<Result<_, _>>()?;
+            Ok(Ground {
+                share: Arc::new(share),
+                memory_volumes,
+                init,
+                containers,
+            })
+        })
+        .await?
+    }
+
+    /// From infra to the pod's end.
+    async fn run_containers(&self, guest: Guest, ground: Ground) -> Result<(), PodFailure> {
+        let Guest {
+            machine,
+            agent,
+            alive,
+        } = guest;
+        let context = Arc::new(PodContext {
+            manifest: Arc::clone(&self.manifest),
+            record: Arc::clone(&self.record),
+            share: ground.share,
+            agent: agent.clone(),
+            limits: self.service.limits,
+            stop: self.stop.clone(),
+        });
+        let died = tokio::select! {
+            // An end that was asked for must not look like a failure.
+            biased;
+            ended = self.containers(&context, ground.init, ground.containers) => ended.err(),
+            failure = death(&machine, &agent, alive, self.service.limits.end) => Some(failure),
+        };
+        match died {
+            // Then its machine has a reason, and that is the one to tell.
+            Some(PodFailure::AgentLost) => Err(machine_end(&machine, self.service.limits.end)
+                .await
+                .unwrap_or(PodFailure::AgentLost)),
+            Some(failure) => Err(failure),
+            None => {
+                self.progress_event("Stopping", "stopping the machine");
+                shut_down(&agent, &machine, self.service.limits.end).await;
+                Ok(())
+            }
+        }
+    }
+
+    /// Init containers one after another, then all others; until the pod is asked to end and they have.
+    async fn containers(
+        &self,
+        context: &Arc<PodContext>,
+        init: Vec<Prepared>,
+        containers: Vec<Prepared>,
+    ) -> Result<(), PodFailure> {
+        for prepared in init {
+            if self.stop.is_requested() {
+                return Ok(());
+            }
+            let name = prepared.name.clone();
+            let container = Container {
+                pod: Arc::clone(context),
+                prepared,
+            };
+            let (started, _) = oneshot::channel();
+            let code = container.run(started).await?;
+            if code != 0 && !self.stop.is_requested() {
+                return Err(PodFailure::InitFailed {
+                    container: name,
+                    code,
+                });
+            }
+        }
+
+        let mut running = JoinSet::new();
+        let mut starts = Vec::new();
+        for prepared in containers {
+            let container = Container {
+                pod: Arc::clone(context),
+                prepared,
+            };
+            let (started, start) = oneshot::channel();
+            starts.push(start);
+            running.spawn(container.run(started));
+        }
+        for start in starts {
+            // Its end without a start shows below.
+            let _ = start.await;
+        }
+        self.record.update(|status| {
+            status.phase = Phase::Running;
+            status.reason = None;
+            status.message = None;
+            status.started_at = Some(Timestamp::now());
+        });
+        while let Some(ended) = running.join_next().await {
+            ended??;
+        }
+        self.record.update(|status| status.completed = true);
+        // Infra holds the pod, not its containers.
+        self.stop.requested().await;
+        Ok(())
+    }
+
+    fn progress(&self, reason: &str, message: &str) {
+        self.record.update(|status| {
+            status.reason = Some(reason.into());
+            status.message = Some(message.into());
+        });
+        self.progress_event(reason, message);
+    }
+
+    fn progress_event(&self, reason: &str, message: &str) {
+        self.record.event(EventType::Normal, reason, None, message);
+    }
+
+    /// The last word.
+    fn conclude(&self, result: &Result<(), PodFailure>, console_tail: Vec<String>) {
+        let failure = result.as_ref().err();
+        match failure {
+            None | Some(PodFailure::Stopped) => {
+                self.progress_event("Stopped", "the pod has ended");
+            }
+            Some(failure) => {
+                let message = chain(failure);
+                self.record
+                    .event(EventType::Warning, failure.reason(), None, &message);
+            }
+        }
+        self.record.update(|status| {
+            end_containers(status);
+            let failed = failure.is_some_and(|f| !matches!(f, PodFailure::Stopped));
+            let succeeded = !failed
+                && status
+                    .all_containers()
+                    .all(|c| c.terminated().is_some_and(|end| end.exit_code == 0));
+            status.phase = if succeeded {
+                Phase::Succeeded
+            } else {
+                Phase::Failed
+            };
+            let completed = status.completed;
+            (status.reason, status.message) = match failure {
+                Some(failure) => (Some(failure.reason().into()), Some(chain(failure))),
+                None if completed => (None, None),
+                None => (Some("Stopped".into()), Some("the pod was stopped".into())),
+            };
+            status.console_tail = console_tail;
+            status.finished_at = Some(Timestamp::now());
+            status.vmm_pid = None;
+            status.supervisor_pid = None;
+        });
+    }
+}
+
+/// Waits for the agent's word that it is ready.
+async fn agent_ready(
+    machine: &Machine,
+    mut connections: mpsc::Receiver<GuestConnection>,
+    limit: Duration,
+) -> Result<UnixStream, PodFailure> {
+    let ready = async {
+        loop {
+            match connections.recv().await {
+                Some(connection) if connection.port == READY_PORT => return Ok(connection.stream),
+                Some(_) => {}
+                None => return Err(PodFailure::MachineEnded(machine.wait().await)),
+            }
+        }
+    };
+    tokio::select! {
+        ready = timeout(limit, ready) => ready.unwrap_or(Err(PodFailure::AgentNotReady(limit))),
+        reason = machine.wait() => Err(PodFailure::MachineEnded(reason)),
+    }
+}
+
+/// Waits for whatever ends a pod against its will.
+async fn death(
+    machine: &Machine,
+    agent: &Agent,
+    mut alive: UnixStream,
+    limit: Duration,
+) -> PodFailure {
+    let mut nothing = [0; 1];
+    tokio::select! {
+        reason = machine.wait() => PodFailure::MachineEnded(reason),
+        // The agent never says anything on it; if it does, it is not the agent any more.
+        _ = alive.read(&mut nothing) => {
+            machine_end(machine, limit).await.unwrap_or(PodFailure::AgentLost)
+        }
+        ended = agent.wait(Process::Infra) => match ended {
+            Ok(status) => PodFailure::InfraEnded(status),
+            Err(error) => error.into(),
+        },
+    }
+}
+
+/// Why the machine ended, if it ends soon.
+async fn machine_end(machine: &Machine, limit: Duration) -> Option<PodFailure> {
+    timeout(limit, machine.wait())
+        .await
+        .ok()
+        .map(PodFailure::MachineEnded)
+}
+
+/// Lets the guest write what it has in memory and power off, or takes its power.
+async fn shut_down(agent: &Agent, machine: &Machine, limit: Duration) {
+    let power_off = async {
+        // The machine's end is the answer.
+        let _ = agent.shutdown().await;
+        machine.wait().await
+    };
+    if timeout(limit, power_off).await.is_err() {
+        tracing::warn!("the guest did not power off");
+        machine.stop().await;
+        let _ = timeout(limit, machine.wait()).await;
+    }
+}
+
+/// What ran, ended with the pod.
+fn end_containers(status: &mut PodStatus) {
+    let containers = status
+        .init_containers
+        .iter_mut()
+        .chain(&mut status.containers);
+    for container in containers {
+        container.finished = true;
+        if let ContainerState::Running(running) = &container.state {
+            container.state = ContainerState::Terminated(Terminated {
+                exit_code: 137,
+                signal: None,
+                reason: "PodEnded".into(),
+                message: Some("the container ended with its pod".into()),
+                started_at: Some(running.started_at),
+                finished_at: Timestamp::now(),
+            });
+        }
+    }
+}
+
+/// Removes everything of a pod but its state and its logs.
+fn clean(dir: &crate::state::PodDir) -> Result<(), crate::state::StateError> {
+    // The mounts first, and with them what was in them.
+    remove_tree(&dir.share())?;
+    let logs = dir.logs();
+    let entries = std::fs::read_dir(dir.data())
+        .map_err(|e| crate::state::StateError::io("read", dir.data(), e))?;
+    for entry in entries.filter_map(Result::ok) {
+        let path = entry.path();
+        if path != logs {
+            remove_tree(&path)?;
+        }
+    }
+    let _ = std::fs::remove_file(dir.socket());
+    Ok(())
+}

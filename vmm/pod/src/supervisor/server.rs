@@ -1,0 +1,158 @@
+//! Answers the pod's clients. They are the pod's own user, and bounded all the same.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use hull_machine::channel::{AsyncChannel, ChannelError, Listener};
+use tokio::sync::Semaphore;
+
+use super::api::{Refusal, Reply, Request, Target};
+use super::exec;
+use super::limits::Limits;
+use super::record::Record;
+use super::stop::Stop;
+use crate::agent::{Agent, AgentError, Process};
+use crate::text::chain;
+
+/// Clients at a time. More wait to be accepted.
+const CLIENTS: usize = 300;
+/// After a failure to accept (no descriptors, no memory), so that it isn't tried without a pause.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What a client can reach.
+#[derive(Debug)]
+pub struct Service {
+    pub record: Arc<Record>,
+    pub stop: Stop,
+    pub limits: Limits,
+    /// There once the guest is up.
+    pub agent: OnceLock<Agent>,
+}
+
+impl Service {
+    /// Takes clients for as long as the pod lives.
+    pub async fn listen(self: Arc<Self>, listener: Listener) {
+        let places = Arc::new(Semaphore::new(CLIENTS));
+        loop {
+            let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+                return;
+            };
+            match listener.accept().await {
+                Ok(channel) => {
+                    let service = Arc::clone(&self);
+                    tokio::spawn(async move {
+                        service.client(channel).await;
+                        drop(place);
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(error = chain(&error), "accepting a client");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    /// Serves one client to its end.
+    pub async fn client(&self, channel: AsyncChannel) {
+        if let Err(error) = self.converse(&channel).await {
+            tracing::debug!(error = chain(&error), "a client");
+        }
+    }
+
+    async fn converse(&self, channel: &AsyncChannel) -> Result<(), ChannelError> {
+        let mut changes = self.record.changes();
+        let mut follows = false;
+        loop {
+            let request = tokio::select! {
+                received = channel.receive::<Request>() => match received? {
+                    Some((request, _)) => request,
+                    None => return Ok(()),
+                },
+                changed = changes.changed(), if follows => {
+                    if changed.is_err() {
+                        return Ok(());
+                    }
+                    channel.send(&Reply::Changed, &[]).await?;
+                    continue;
+                }
+            };
+            let reply = match request {
+                Request::Follow => {
+                    follows = true;
+                    changes.mark_unchanged();
+                    Reply::Changed
+                }
+                Request::Stop { grace_seconds } => {
+                    self.stop.request(grace_seconds.map(Duration::from_secs));
+                    Reply::Done
+                }
+                Request::Kill { target, signal } => match self.kill(&target, signal).await {
+                    Ok(()) => Reply::Done,
+                    Err(refused) => refused,
+                },
+                Request::Exec(request) => match self.running(&request.container) {
+                    Ok(agent) => return exec::serve(agent, &request, channel, self.limits).await,
+                    Err(refused) => refused,
+                },
+                Request::Start | Request::Resize(_) => Reply::Refused {
+                    kind: Refusal::Failed,
+                    message: "this connection is not one for that".into(),
+                },
+            };
+            channel.send(&reply, &[]).await?;
+        }
+    }
+
+    async fn kill(&self, target: &Target, signal: u32) -> Result<(), Reply> {
+        let sent = match target {
+            Target::Infra => {
+                let agent = self.agent.get().ok_or_else(not_up)?;
+                agent.signal(Process::Infra, signal, false).await
+            }
+            Target::Container(name) => {
+                let agent = self.running(name)?;
+                agent.signal(Process::Container(name), signal, false).await
+            }
+        };
+        sent.map_err(|error| refusal(&error))
+    }
+
+    /// The agent, if a container runs.
+    fn running(&self, container: &str) -> Result<&Agent, Reply> {
+        let runs = self
+            .record
+            .read(|status| status.container(container).map(|c| c.is_running()));
+        match runs {
+            Some(true) => self.agent.get().ok_or_else(not_up),
+            Some(false) => Err(Reply::Refused {
+                kind: Refusal::NotRunning,
+                message: format!("container {container} is not running"),
+            }),
+            None => Err(Reply::Refused {
+                kind: Refusal::NotRunning,
+                message: format!("the pod has no container {container:?}"),
+            }),
+        }
+    }
+}
+
+fn not_up() -> Reply {
+    Reply::Refused {
+        kind: Refusal::NotRunning,
+        message: "the pod's machine is not up".into(),
+    }
+}
+
+/// What a client is told when the agent said no.
+pub(super) fn refusal(error: &AgentError) -> Reply {
+    let kind = match error.exit_code() {
+        127 => Refusal::ProgramNotFound,
+        126 => Refusal::ProgramNotExecutable,
+        _ => Refusal::Failed,
+    };
+    Reply::Refused {
+        kind,
+        message: chain(error),
+    }
+}
