@@ -2,6 +2,8 @@
 
 pub mod block;
 pub mod console;
+#[cfg(test)]
+mod driver;
 pub mod fs;
 pub mod rng;
 pub mod vsock;

@@ -10,6 +10,10 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+/// `VIRTIO_F_INDIRECT_DESC` and `VIRTIO_F_EVENT_IDX`: what [`VirtioDevice::features`] has if the
+/// device enables and disables notifications on its queues as `ActiveQueue::serve` does.
+pub const RING_FEATURES: u64 = 1 << 28 | 1 << 29;
+
 /// Raises one interrupt of one device. The transport implements it (MSI-X by irqfd).
 pub trait Interrupt: Send + Sync + std::fmt::Debug {
     /// Signals the guest. Never blocks.
