@@ -1,0 +1,164 @@
+//! A helper's side: takes the request, makes the process, replies.
+
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::process::ExitCode;
+
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::error::LibcontainerError;
+use libcontainer::syscall::syscall::SyscallType;
+use rustix::pipe::{PipeFlags, pipe_with};
+use tracing::level_filters::LevelFilter;
+
+use super::launch::Launch;
+use super::{Create, Exec, MAX_MESSAGE, Reply, Request, infra, launch};
+use crate::error::shorten;
+use crate::message;
+
+/// Longest text of a failure, in bytes.
+const MAX_TEXT: usize = 900;
+
+/// Runs the helper. Its socket is descriptor 0.
+pub fn main() -> ExitCode {
+    match serve() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("hull-agent: a helper failed: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve() -> io::Result<()> {
+    // Descriptor 0 becomes the container's stdin, so the socket moves away from it.
+    let socket = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
+    let null = std::fs::File::open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    drop(null);
+
+    let mut buffer = vec![0; MAX_MESSAGE];
+    let (count, fds) = message::receive(&socket, &mut buffer, message::MAX_FDS)?;
+    let request: Request = serde_json::from_slice(&buffer[..count])?;
+    drop(buffer);
+    let log = Log::start()?;
+
+    let reply = match request {
+        Request::Infra(request) => match infra::start(&request) {
+            Ok(pid) => Reply::Made { pid },
+            Err(text) => Reply::Failed { text },
+        },
+        Request::Create(request) => reply(create(request, fds), log),
+        Request::Exec(request) => reply(exec(request, fds), log),
+    };
+    message::send(&socket, &serde_json::to_vec(&reply)?, &[])?;
+    // The agent closes its end when it watches the process.
+    message::receive(&socket, &mut [0], 0)?;
+    Ok(())
+}
+
+fn builder(
+    id: String,
+    states: &std::path::Path,
+    console: Option<std::path::PathBuf>,
+    fds: Vec<OwnedFd>,
+    launch: Launch,
+) -> Result<ContainerBuilder, LibcontainerError> {
+    let mut builder = ContainerBuilder::new(id, SyscallType::default())
+        .with_executor(launch)
+        .with_root_path(states)?
+        .with_console_socket(console);
+    let mut fds = fds.into_iter();
+    builder.stdin = fds.next();
+    builder.stdout = fds.next();
+    builder.stderr = fds.next();
+    builder.validate_id()
+}
+
+fn create(request: Create, fds: Vec<OwnedFd>) -> Result<i32, LibcontainerError> {
+    let container = builder(
+        request.id,
+        &request.states,
+        request.console,
+        fds,
+        Launch::default(),
+    )?
+    .as_init(request.bundle)
+    .with_systemd(false)
+    .build()?;
+    container
+        .pid()
+        .map(|pid| pid.as_raw())
+        .ok_or_else(|| LibcontainerError::Other("the container has no process".into()))
+}
+
+fn exec(request: Exec, fds: Vec<OwnedFd>) -> Result<i32, LibcontainerError> {
+    let launch = Launch::exec(request.confinement, request.terminal_size);
+    let pid = builder(request.id, &request.states, request.console, fds, launch)?
+        .as_tenant()
+        .with_process(Some(request.process))
+        .with_detach(true)
+        .build()?;
+    Ok(pid.as_raw())
+}
+
+fn reply(made: Result<i32, LibcontainerError>, log: Log) -> Reply {
+    let error = match made {
+        Ok(pid) => return Reply::Made { pid },
+        Err(error) => error,
+    };
+    let mut text = String::new();
+    let mut cause: Option<&dyn std::error::Error> = Some(&error);
+    while let Some(error) = cause {
+        let part = error.to_string();
+        if !text.contains(&part) {
+            text.push_str(if text.is_empty() { "" } else { ": " });
+            text.push_str(&part);
+        }
+        cause = error.source();
+    }
+    if let Some(reply) = launch::refusal(&text) {
+        return reply;
+    }
+    // libcontainer's processes send each other only the outermost error; the
+    // innermost is what they logged first.
+    if let Some(first) = log.first_line() {
+        text.push_str(": ");
+        text.push_str(&first);
+    }
+    let text = text.replace('\0', "");
+    Reply::Failed {
+        text: shorten(&text, MAX_TEXT).to_owned(),
+    }
+}
+
+/// Keeps what libcontainer's processes log, for the reply.
+struct Log {
+    reader: std::fs::File,
+}
+
+impl Log {
+    fn start() -> io::Result<Self> {
+        // Not blocking: a container lives on with the writing end until it is started.
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
+        let writer = std::fs::File::from(writer);
+        tracing_subscriber::fmt()
+            .with_max_level(LevelFilter::ERROR)
+            .with_ansi(false)
+            .without_time()
+            .with_level(false)
+            .with_target(false)
+            .with_writer(std::sync::Mutex::new(writer))
+            .init();
+        Ok(Self {
+            reader: reader.into(),
+        })
+    }
+
+    fn first_line(mut self) -> Option<String> {
+        let mut buffer = vec![0; 4096];
+        let count = self.reader.read(&mut buffer).ok()?;
+        let text = String::from_utf8_lossy(&buffer[..count]).into_owned();
+        let line = text.lines().next()?.trim();
+        (!line.is_empty()).then(|| line.to_owned())
+    }
+}

@@ -1,0 +1,75 @@
+//! The agent's connections to the host.
+//!
+//! vsock knows no namespaces: any process of the guest may connect to these ports
+//! where the kernel has a loopback for it. Only the host is let in.
+
+use std::future::poll_fn;
+use std::io;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+
+use hull_protocol::{AGENT_PORT, READY_PORT, STREAM_PORT};
+use tokio::io::AsyncReadExt;
+use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
+
+use crate::endpoint::Endpoint;
+use crate::error::{Doing, Result};
+use crate::server::Agent;
+
+/// Serves the agent over vsock. Returns when the host has gone.
+pub async fn serve(agent: Arc<Agent>) -> Result<()> {
+    let calls = listen(AGENT_PORT)?;
+    let streams = listen(STREAM_PORT)?;
+    tokio::spawn({
+        let agent = Arc::clone(&agent);
+        async move {
+            loop {
+                let connection = accept(&calls).await;
+                agent.serve_calls(connection).await;
+            }
+        }
+    });
+    tokio::spawn(async move {
+        loop {
+            let connection = accept(&streams).await;
+            agent.take_stream(connection);
+        }
+    });
+    let mut ready = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT))
+        .await
+        .doing(|| "telling the host that the agent is ready".into())?;
+    // Nothing comes on it but its end.
+    let mut buffer = [0; 64];
+    while let Ok(1..) = ready.read(&mut buffer).await {}
+    Ok(())
+}
+
+fn listen(port: u32) -> Result<VsockListener> {
+    VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port))
+        .doing(|| format!("listening on vsock port {port}"))
+}
+
+async fn accept(listener: &VsockListener) -> Endpoint {
+    loop {
+        match accept_one(listener).await {
+            Ok(Some(connection)) => return connection,
+            Ok(None) => {}
+            Err(error) => {
+                tracing::warn!("accepting a connection: {error}");
+                // Out of descriptors, most likely: others must get to close theirs.
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+}
+
+async fn accept_one(listener: &VsockListener) -> io::Result<Option<Endpoint>> {
+    let (stream, peer) = poll_fn(|context| listener.poll_accept_std(context)).await?;
+    // SAFETY: into_raw_fd gives the descriptor away.
+    let fd = unsafe { OwnedFd::from_raw_fd(stream.into_raw_fd()) };
+    if peer.cid() != VMADDR_CID_HOST {
+        tracing::warn!("a connection from vsock address {} was refused", peer.cid());
+        return Ok(None);
+    }
+    Endpoint::new(fd).map(Some)
+}
