@@ -404,3 +404,166 @@ fn decode<M: Message>(packet: Packet) -> Result<Option<(M, Vec<OwnedFd>)>, Chann
     }
     Ok(Some((message, packet.descriptors)))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, Serialize, Deserialize)]
+    struct Letter {
+        text: String,
+        descriptors: usize,
+    }
+
+    impl Message for Letter {
+        fn descriptors(&self) -> usize {
+            self.descriptors
+        }
+    }
+
+    fn letter(text: &str, descriptors: usize) -> Letter {
+        Letter {
+            text: text.to_owned(),
+            descriptors,
+        }
+    }
+
+    /// A message of a peer that doesn't keep to the rules.
+    fn send_raw(channel: &Channel, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) {
+        send(channel.as_fd(), bytes, descriptors, SendFlags::empty()).unwrap();
+    }
+
+    #[test]
+    fn a_message_comes_with_its_descriptors_closed_on_exec() {
+        let (one, other) = Channel::pair().unwrap();
+        let (mut reader, writer) = io::pipe().unwrap();
+
+        one.send(&letter("hello", 1), &[writer.as_fd()]).unwrap();
+        drop(writer);
+        let (message, mut descriptors) = other.receive::<Letter>().unwrap().unwrap();
+
+        let received = descriptors.pop().unwrap();
+        let flags = rustix::io::fcntl_getfd(&received).unwrap();
+        assert_eq!(message.text, "hello");
+        assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+        std::fs::File::from(received).write_all(b"x").unwrap();
+        assert_eq!(reader.read(&mut [0; 8]).unwrap(), 1);
+    }
+
+    #[test]
+    fn the_end_of_the_peer_is_none() {
+        let (one, other) = Channel::pair().unwrap();
+
+        drop(one);
+
+        assert!(other.receive::<Letter>().unwrap().is_none());
+    }
+
+    #[test]
+    fn as_many_descriptors_as_allowed_come_at_once() {
+        let (one, other) = Channel::pair().unwrap();
+        let descriptors = [one.as_fd(); MAX_DESCRIPTORS];
+
+        one.send(&letter("", MAX_DESCRIPTORS), &descriptors)
+            .unwrap();
+        let (_, received) = other.receive::<Letter>().unwrap().unwrap();
+
+        assert_eq!(received.len(), MAX_DESCRIPTORS);
+    }
+
+    #[test]
+    fn descriptors_that_a_message_should_not_have_are_refused_and_closed() {
+        let (one, other) = Channel::pair().unwrap();
+        let (mut reader, writer) = io::pipe().unwrap();
+        let bytes = serde_json::to_vec(&letter("", 0)).unwrap();
+
+        send_raw(&one, &bytes, &[writer.as_fd()]);
+        drop(writer);
+        let error = other.receive::<Letter>().unwrap_err();
+
+        assert!(matches!(
+            error,
+            ChannelError::Descriptors {
+                expected: 0,
+                found: 1
+            }
+        ));
+        // Nobody holds the writing end any more.
+        assert_eq!(reader.read(&mut [0; 8]).unwrap(), 0);
+    }
+
+    #[test]
+    fn more_descriptors_than_allowed_are_refused() {
+        // The room for control messages is rounded up, so one more may still fit.
+        const TOO_MANY: usize = MAX_DESCRIPTORS + 8;
+        let (one, other) = Channel::pair().unwrap();
+        let bytes = serde_json::to_vec(&letter("", 0)).unwrap();
+        let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(TOO_MANY))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        let descriptors = [one.as_fd(); TOO_MANY];
+        assert!(control.push(SendAncillaryMessage::ScmRights(&descriptors)));
+
+        let iov = [IoSlice::new(&bytes)];
+        rustix::net::sendmsg(&one, &iov, &mut control, SendFlags::empty()).unwrap();
+        let error = other.receive::<Letter>().unwrap_err();
+
+        assert!(matches!(error, ChannelError::TooManyDescriptors));
+    }
+
+    #[test]
+    fn a_long_message_is_refused_by_both_ends() {
+        let (one, other) = Channel::pair().unwrap();
+        let long = "x".repeat(MAX_MESSAGE);
+
+        let sent = one.send(&letter(&long, 0), &[]).unwrap_err();
+        send_raw(&one, format!("{long}x").as_bytes(), &[]);
+        let received = other.receive::<Letter>().unwrap_err();
+
+        assert!(matches!(sent, ChannelError::TooLong));
+        assert!(matches!(received, ChannelError::TooLong));
+    }
+
+    #[test]
+    fn a_peer_that_does_not_read_is_not_waited_for() {
+        let (one, _other) = Channel::pair().unwrap();
+
+        let error = std::iter::repeat_with(|| one.try_send(&letter("x", 0), &[]))
+            .take(1_000_000)
+            .find_map(Result::err)
+            .unwrap();
+
+        assert!(matches!(error, ChannelError::Full));
+    }
+
+    #[tokio::test]
+    async fn a_socket_in_the_file_system_is_its_owners_alone() {
+        use std::os::unix::fs::PermissionsExt;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+
+        let listener = Listener::bind(&path).unwrap();
+        let client = Channel::connect(&path).unwrap();
+        let server = listener.accept().await.unwrap();
+        server.send(&letter("hello", 0), &[]).await.unwrap();
+
+        let (message, _) = client.receive::<Letter>().unwrap().unwrap();
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(message.text, "hello");
+        assert_eq!(mode & 0o777, 0o600);
+        assert_eq!(server.peer().unwrap().pid, rustix::process::getpid());
+    }
+
+    #[tokio::test]
+    async fn a_path_that_is_too_long_says_so() {
+        let error = Listener::bind(Path::new(&format!("/{}", "x".repeat(108)))).unwrap_err();
+
+        assert!(matches!(
+            error,
+            SocketError::PathTooLong { length: 109, .. }
+        ));
+    }
+}

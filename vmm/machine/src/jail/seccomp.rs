@@ -92,6 +92,8 @@ const EVERY: &[Call] = &[
     any(libc::SYS_read),
     any(libc::SYS_write),
     any(libc::SYS_close),
+    // std, built with checks, looks whether a descriptor is open before it closes it
+    one_of(libc::SYS_fcntl, 1, &[libc::F_GETFD.cast_unsigned()]),
     // the panic hook tells the supervisor
     any(libc::SYS_sendmsg),
     any(libc::SYS_exit),
