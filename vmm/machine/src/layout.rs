@@ -62,6 +62,8 @@ pub const CMDLINE_MAX: usize = 2048;
 pub const CONVENTIONAL_END: u64 = 0xA_0000;
 /// RSDP; the other ACPI tables follow. In the BIOS area, which is reserved in the memory map.
 pub const ACPI_START: u64 = 0xE_0000;
+/// Where a jump to the BIOS in real mode leads (segment 0xFFFF, offset 0); no table reaches it.
+pub const BIOS_ENTRY: u64 = 0xF_FFF0;
 /// End of the BIOS area.
 pub const ACPI_END: u64 = 0x10_0000;
 /// Kernels are loaded from here on.
@@ -107,7 +109,8 @@ mod tests {
             (PVH_MEMMAP, 0x1000),
             (CMDLINE, CMDLINE_MAX as u64),
             (CONVENTIONAL_END, 0),
-            (ACPI_START, ACPI_END - ACPI_START),
+            (ACPI_START, BIOS_ENTRY - ACPI_START),
+            (BIOS_ENTRY, ACPI_END - BIOS_ENTRY),
             (HIGH_MEMORY, 0),
         ];
 

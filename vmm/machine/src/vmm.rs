@@ -19,7 +19,7 @@ use std::sync::Arc;
 use rustix::process::{Resource, getrlimit};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap};
 
-use crate::boot::{acpi, kernel, pvh};
+use crate::boot::{acpi, kernel, pvh, reset};
 use crate::config::{FdIndex, MachineConfig, ShareConfig};
 use crate::control::{ConnectRefused, ExitReason};
 use crate::devices::fs::{FileSystem, FsConfig, FsError};
@@ -68,6 +68,8 @@ pub enum BuildError {
     Kernel(#[from] kernel::KernelError),
     #[error("preparing the kernel's boot")]
     Pvh(#[from] pvh::PvhError),
+    #[error("writing the reset code to guest memory")]
+    Reset(#[source] vm_memory::GuestMemoryError),
     #[error("describing the machine to the kernel")]
     Acpi(#[from] acpi::AcpiError),
 }
@@ -281,6 +283,7 @@ fn load_guest(
         }
         None => None,
     };
+    reset::write(memory).map_err(BuildError::Reset)?;
     let rsdp = acpi::write(memory, config.vcpus, mmio64_start)?;
     pvh::write(memory, &config.cmdline, initramfs, rsdp)?;
     Ok(kernel.entry)

@@ -18,8 +18,8 @@ use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::layout::{
-    ACPI_END, ACPI_RESET_PORT, ACPI_RESET_VALUE, ACPI_SLEEP_CONTROL_PORT, ACPI_SLEEP_STATUS_PORT,
-    ACPI_START, LOCAL_APIC, PCI_ECAM_SIZE, PCI_ECAM_START, PCI_MMIO32_SIZE, PCI_MMIO32_START,
+    ACPI_RESET_PORT, ACPI_RESET_VALUE, ACPI_SLEEP_CONTROL_PORT, ACPI_SLEEP_STATUS_PORT,
+    ACPI_START, BIOS_ENTRY, LOCAL_APIC, PCI_ECAM_SIZE, PCI_ECAM_START, PCI_MMIO32_SIZE, PCI_MMIO32_START,
     PCI_MMIO64_SIZE, PVPANIC_PORT,
 };
 
@@ -95,7 +95,7 @@ impl Area<'_> {
     fn place(&mut self, table: &[u8]) -> Result<GuestAddress, AcpiError> {
         let start = GuestAddress(self.next.raw_value().next_multiple_of(16));
         let end = start.unchecked_add(table.len() as u64);
-        if end.raw_value() > ACPI_END {
+        if end.raw_value() > BIOS_ENTRY {
             return Err(AcpiError::Size(end.raw_value() - ACPI_START));
         }
         self.memory
@@ -339,10 +339,10 @@ mod tests {
         let memory = memory::allocate(64).unwrap();
         let mut area = Area {
             memory: &memory,
-            next: GuestAddress(ACPI_END - 16),
+            next: GuestAddress(BIOS_ENTRY - 16),
         };
 
         assert!(area.place(&[0; 16]).is_ok());
-        assert!(matches!(area.place(&[0]), Err(AcpiError::Size(0x2_0001))));
+        assert!(matches!(area.place(&[0]), Err(AcpiError::Size(0x1_FFF1))));
     }
 }

@@ -3,3 +3,4 @@
 pub mod acpi;
 pub mod kernel;
 pub mod pvh;
+pub mod reset;
