@@ -20,9 +20,12 @@ use rustix::process::{Resource, getrlimit};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 use crate::boot::{acpi, kernel, pvh, reset};
-use crate::config::{FdIndex, MachineConfig, ShareConfig};
+use crate::config::{BlockConfig, FdIndex, MachineConfig, ShareConfig};
 use crate::control::{ConnectRefused, ExitReason};
+use crate::devices::block::Block;
+use crate::devices::console::Console;
 use crate::devices::fs::{FileSystem, FsConfig, FsError};
+use crate::devices::rng::Rng;
 pub use crate::devices::vsock::{Connected, GuestConnections};
 use crate::devices::vsock::{Vsock, VsockHandle};
 use crate::jail::Shares;
@@ -138,6 +141,11 @@ impl Machine {
 
         let platform = Arc::new(KvmPlatform::new(Arc::clone(vm.fd())));
         let mut pci = PciRoot::new(memory.clone(), platform);
+        pci.add_virtio(Box::new(console(config, &mut descriptors)?))?;
+        pci.add_virtio(Box::new(Rng::new()))?;
+        for block in blocks(config, &mut descriptors)? {
+            pci.add_virtio(Box::new(block))?;
+        }
         for share in file_systems(config, &shares)? {
             pci.add_virtio(Box::new(share))?;
         }
@@ -235,6 +243,19 @@ fn place_mmio64(vm: &Vm, memory: &GuestMemoryMmap) -> Result<u64, KvmError> {
         return Err(KvmError::AddressBits { end, bits });
     }
     Ok(start)
+}
+
+fn console(config: &MachineConfig, descriptors: &mut Descriptors) -> Result<Console, BuildError> {
+    let output = descriptors.take(config.console.output)?;
+    Console::new(output).map_err(device_error("console"))
+}
+
+fn blocks(config: &MachineConfig, descriptors: &mut Descriptors) -> Result<Vec<Block>, BuildError> {
+    let mut make = |block: &BlockConfig| {
+        let disk = descriptors.take(block.disk)?;
+        Block::new(disk, &block.id, block.read_only).map_err(device_error("virtio-blk"))
+    };
+    config.blocks.iter().map(&mut make).collect()
 }
 
 fn file_systems(config: &MachineConfig, shares: &Shares) -> Result<Vec<FileSystem>, BuildError> {

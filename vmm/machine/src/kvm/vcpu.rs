@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread::JoinHandle;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use vm_memory::GuestAddress;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::cpuid::{self, Processors};
@@ -31,14 +31,17 @@ pub trait Mmio: Send + Sync + std::fmt::Debug {
 pub struct Vcpu {
     fd: VcpuFd,
     id: u8,
+    // Dropped last: the guest runs in it.
+    _memory: GuestMemoryMmap,
 }
 
 impl Vcpu {
     /// Makes all processors of a machine; the first is to start at `entry`, the others when it wakes them.
     ///
     /// # Errors
-    /// When KVM refuses.
+    /// When a system call fails.
     pub fn create_all(vm: &Vm, count: u8, entry: GuestAddress) -> Result<Vec<Self>, KvmError> {
+        register_signal_handler(kick_signal(), leave_guest).map_err(call("sigaction"))?;
         let vcpus = (0..count)
             .map(|id| Self::create(vm, count, id))
             .collect::<Result<Vec<_>, _>>()?;
@@ -68,7 +71,11 @@ impl Vcpu {
                 "a model-specific register of every x86-64 processor",
             ));
         }
-        Ok(Self { fd, id })
+        Ok(Self {
+            fd,
+            id,
+            _memory: vm.memory().clone(),
+        })
     }
 
     fn enter_at(&self, entry: GuestAddress) -> Result<(), KvmError> {
@@ -86,13 +93,21 @@ impl Vcpu {
     /// # Errors
     /// When there is no thread to be had.
     pub fn start(self, mmio: Arc<dyn Mmio>, ending: Ending) -> std::io::Result<Running> {
-        register_signal_handler(kick_signal(), leave_guest)
-            .map_err(|error| std::io::Error::from_raw_os_error(error.errno()))?;
         let name = format!("vcpu{}", self.id);
         let thread = threads::spawn(ThreadClass::Vcpu, &name, move || {
-            run(self.fd, &*mmio, &ending);
+            self.run(&*mmio, &ending);
         })?;
         Ok(Running(thread))
+    }
+
+    fn run(mut self, mmio: &dyn Mmio, ending: &Ending) {
+        IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
+        while !ending.is_over() {
+            if let Some(reason) = step(&mut self.fd, mmio) {
+                ending.end(reason);
+            }
+        }
+        IMMEDIATE_EXIT.set(null_mut());
     }
 }
 
@@ -127,21 +142,12 @@ thread_local! {
 extern "C" fn leave_guest(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {
     let flag = IMMEDIATE_EXIT.get();
     if !flag.is_null() {
-        // SAFETY: the pointer is set by `run` on this very thread, from a mapping that lives until
+        // SAFETY: the pointer is set by `Vcpu::run` on this very thread, from a mapping that lives until
         // `run` has cleared it again; the kernel reads the byte concurrently, hence the atomic.
         unsafe { AtomicU8::from_ptr(flag) }.store(1, Ordering::Relaxed);
     }
 }
 
-fn run(mut vcpu: VcpuFd, mmio: &dyn Mmio, ending: &Ending) {
-    IMMEDIATE_EXIT.set(&raw mut vcpu.get_kvm_run().immediate_exit);
-    while !ending.is_over() {
-        if let Some(reason) = step(&mut vcpu, mmio) {
-            ending.end(reason);
-        }
-    }
-    IMMEDIATE_EXIT.set(null_mut());
-}
 
 /// Runs the guest up to its next exit and serves that; the machine's end, if that is what it means.
 fn step(vcpu: &mut VcpuFd, mmio: &dyn Mmio) -> Option<ExitReason> {

@@ -41,7 +41,7 @@ pub enum KvmError {
     AddressBits { end: u64, bits: u8 },
     #[error("making the list of {0}")]
     List(&'static str, #[source] vmm_sys_util::fam::Error),
-    /// One of KVM's system calls.
+    /// A system call.
     #[error("{0}")]
     Call(&'static str, #[source] errno::Error),
 }
@@ -58,8 +58,7 @@ pub struct Vm {
     /// What a processor of this host can do in a guest.
     cpuid: CpuId,
     deadline_timer: bool,
-    // KVM reads and writes guest memory as long as it runs a processor.
-    _memory: GuestMemoryMmap,
+    memory: GuestMemoryMmap,
 }
 
 impl Vm {
@@ -97,13 +96,18 @@ impl Vm {
             fd: Arc::new(fd),
             deadline_timer: kvm.check_extension(Cap::TscDeadlineTimer),
             cpuid,
-            _memory: memory.clone(),
+            memory: memory.clone(),
         })
     }
 
     /// For interrupts and notifications, which devices set up themselves.
     pub fn fd(&self) -> &Arc<VmFd> {
         &self.fd
+    }
+
+    /// The guest's RAM. KVM accesses it as long as a processor runs.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
     }
 
     /// What this host's processors can do in a guest, before it is made one processor's.
@@ -165,7 +169,7 @@ fn add_memory(fd: &VmFd, slot: u32, region: &impl GuestMemoryRegion) -> Result<(
         memory_size: region.len(),
         userspace_addr: address as u64,
     };
-    // SAFETY: the range is one mapping, which lives at least as long as the VM, that keeps a
-    // reference to it; what the guest does there is accessed as volatile memory only.
+    // SAFETY: the range is one mapping, to which the VM and each of its processors keep a
+    // reference; what the guest does there is accessed as volatile memory only.
     unsafe { fd.set_user_memory_region(region) }.map_err(call("KVM_SET_USER_MEMORY_REGION"))
 }
