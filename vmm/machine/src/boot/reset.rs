@@ -18,11 +18,15 @@ pub fn write(memory: &GuestMemoryMmap) -> Result<(), vm_memory::GuestMemoryError
 fn code() -> [u8; 9] {
     let [port_low, port_high] = ACPI_RESET_PORT.to_le_bytes();
     [
-        0xBA, port_low, port_high, // mov dx, ACPI_RESET_PORT
-        0xB0, ACPI_RESET_VALUE, // mov al, ACPI_RESET_VALUE
-        0xEE, // out dx, al
-        0xF4, // again: hlt
-        0xEB, 0xFD, // jmp again
+        0xBA,
+        port_low,
+        port_high, // mov dx, ACPI_RESET_PORT
+        0xB0,
+        ACPI_RESET_VALUE, // mov al, ACPI_RESET_VALUE
+        0xEE,             // out dx, al
+        0xF4,             // again: hlt
+        0xEB,
+        0xFD, // jmp again
     ]
 }
 

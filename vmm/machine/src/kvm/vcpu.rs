@@ -148,7 +148,6 @@ extern "C" fn leave_guest(_: c_int, _: *mut libc::siginfo_t, _: *mut c_void) {
     }
 }
 
-
 /// Runs the guest up to its next exit and serves that; the machine's end, if that is what it means.
 fn step(vcpu: &mut VcpuFd, mmio: &dyn Mmio) -> Option<ExitReason> {
     match vcpu.run() {

@@ -241,9 +241,10 @@ mod tests {
                 space.read(*offset, &mut data);
             }
 
-            for at in 0..SIZE {
-                prop_assert_eq!(space.bytes[at] & !space.writable[at], before[at] & !space.writable[at]);
-            }
+            let fixed = |bytes: &[u8; SIZE]| -> Vec<u8> {
+                bytes.iter().zip(&space.writable).map(|(byte, mask)| byte & !mask).collect()
+            };
+            prop_assert_eq!(fixed(&space.bytes), fixed(&before));
         }
     }
 }

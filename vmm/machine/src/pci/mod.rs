@@ -7,6 +7,8 @@ mod config_space;
 mod function;
 mod msix;
 pub mod platform;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

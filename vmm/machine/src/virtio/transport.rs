@@ -544,3 +544,6 @@ fn address_register(offset: u64) -> Option<(Part, bool)> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests;

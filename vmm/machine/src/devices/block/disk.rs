@@ -10,7 +10,7 @@ use crate::virtio::buffers::Span;
 /// Bytes of a sector, whatever the device's block size (Virtio 1.2, section 5.2.4).
 pub const SECTOR: u32 = 512;
 /// Zeroes written at a time, where the file can't be told to have them.
-const ZEROES: [u8; 0x1_0000] = [0; 0x1_0000];
+static ZEROES: [u8; 0x1_0000] = [0; 0x1_0000];
 
 /// A regular file or a block device, of a size that doesn't change.
 #[derive(Debug)]
