@@ -19,7 +19,7 @@ mod refs;
 mod source;
 mod store;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod unpack;
 
 use std::os::fd::OwnedFd;
@@ -30,6 +30,8 @@ pub use error::ImageError;
 pub use oci_spec::distribution::Reference;
 use oci_spec::image::ImageConfiguration;
 pub use store::Store;
+#[cfg(test)]
+pub(crate) use tests::test_image;
 
 /// An image that is ready for use. As long as it (or a clone of it) exists, no
 /// process removes its layers.

@@ -160,6 +160,14 @@ fn docker(names: &[&str], layers: &[Vec<u8>]) -> Archive {
     archive
 }
 
+/// An image with one layer in which there is a `file`, for tests elsewhere.
+pub fn test_image(store: &Store, dir: &Path) -> super::Image {
+    let path = dir.join("image.tar");
+    docker(&["x"], &[simple_layer("x")]).write(&path);
+    store.load(&path, &mut |_| {}).unwrap();
+    store.resolve("x").unwrap()
+}
+
 struct Lab {
     dir: TempDir,
     store: Store,
