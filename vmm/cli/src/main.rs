@@ -1,1 +1,150 @@
-fn main() {}
+//! `hull`: pods in virtual machines, from the command line.
+
+mod commands;
+mod failure;
+mod output;
+mod pods;
+mod printer;
+mod progress;
+mod terminal;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use hull_pod::state::{Directories, Registry};
+
+use crate::failure::Failure;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done; for `run`: every container returned 0
+  1    it failed
+  2    bad input: the command line, the manifest or what it names; nothing was started
+  125  exec: hull itself failed
+  126  exec: the program can't be executed
+  127  exec: there is no such program
+  130  run: interrupted by Ctrl-C
+  `run` returns the code of the container that failed first, `exec` that of its process
+  (128 + N when signal N ended it).";
+
+/// Pods in virtual machines
+#[derive(Debug, Parser)]
+#[command(name = "hull", version, after_help = EXIT_CODES, propagate_version = true)]
+struct Cli {
+    /// State of running pods
+    #[arg(
+        long,
+        global = true,
+        env = "HULL_RUN_DIR",
+        default_value = "/run/hull",
+        value_name = "DIR",
+        hide_env_values = true
+    )]
+    run_dir: PathBuf,
+    /// Images, logs and what pods keep on disk
+    #[arg(
+        long,
+        global = true,
+        env = "HULL_DATA_DIR",
+        default_value = "/var/lib/hull",
+        value_name = "DIR",
+        hide_env_values = true
+    )]
+    data_dir: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Run(commands::run::Args),
+    Ps(commands::ps::Args),
+    Logs(commands::logs::Args),
+    Exec(commands::exec::Args),
+    Kill(commands::kill::Args),
+    Stop(commands::stop::Args),
+    Rm(commands::rm::Args),
+    Inspect(commands::inspect::Args),
+    Wait(commands::wait::Args),
+    Events(commands::events::Args),
+    Load(commands::load::Args),
+    Images(commands::images::Args),
+    Rmi(commands::rmi::Args),
+    Check(commands::check::Args),
+    Gc(commands::gc::Args),
+    #[command(hide = true)]
+    Supervise(commands::supervise::Args),
+}
+
+/// What every command works with.
+#[derive(Debug, Clone)]
+struct Host {
+    directories: Directories,
+}
+
+impl Host {
+    /// The pods of this host; makes the directories that are missing.
+    fn registry(&self) -> Result<Registry, Failure> {
+        Ok(Registry::open(self.directories.clone())?)
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let host = Host {
+        directories: Directories::new(absolute(cli.run_dir), absolute(cli.data_dir)),
+    };
+    let done = match cli.command {
+        Command::Run(args) => commands::run::run(&host, args),
+        Command::Ps(args) => commands::ps::run(&host, &args),
+        Command::Logs(args) => commands::logs::run(&host, args),
+        Command::Exec(args) => commands::exec::run(&host, args),
+        Command::Kill(args) => commands::kill::run(&host, args),
+        Command::Stop(args) => commands::stop::run(&host, &args),
+        Command::Rm(args) => commands::rm::run(&host, &args),
+        Command::Inspect(args) => commands::inspect::run(&host, &args),
+        Command::Wait(args) => commands::wait::run(&host, &args),
+        Command::Events(args) => commands::events::run(&host, &args),
+        Command::Load(args) => commands::load::run(&host, &args),
+        Command::Images(args) => commands::images::run(&host, &args),
+        Command::Rmi(args) => commands::rmi::run(&host, &args),
+        Command::Check(args) => commands::check::run(&host, &args),
+        Command::Gc(args) => commands::gc::run(&host, &args),
+        Command::Supervise(args) => commands::supervise::run(&host, args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+/// The supervisor works in another directory than its starter.
+fn absolute(path: PathBuf) -> PathBuf {
+    std::path::absolute(&path).unwrap_or(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn exec_takes_its_command_after_a_double_dash_or_without() {
+        for line in [
+            ["hull", "exec", "-it", "web", "-c", "one", "--", "sh", "-c"].as_slice(),
+            ["hull", "exec", "-it", "web", "-c", "one", "sh", "-c"].as_slice(),
+        ] {
+            let Command::Exec(args) = Cli::try_parse_from(line).unwrap().command else {
+                panic!("not exec");
+            };
+            assert_eq!(args.command, ["sh", "-c"]);
+            assert_eq!(args.container.as_deref(), Some("one"));
+        }
+    }
+}

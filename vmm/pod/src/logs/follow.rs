@@ -54,7 +54,7 @@ pub fn follow(
                     }
                 }
             }
-            let Some(next) = next_instance(&logs, current.as_ref().map(|c| c.0)) else {
+            let Some(next) = next_instance(&logs, current.as_ref().map(|c| c.0), options) else {
                 break;
             };
             let mut reader = LogReader::open(&logs, next)?;
@@ -70,10 +70,11 @@ pub fn follow(
     }
 }
 
-/// The newest start to begin with; after that, one after the other.
-fn next_instance(logs: &Path, current: Option<u32>) -> Option<u32> {
+/// The newest start to begin with, unless all are wanted; after that, one after the other.
+fn next_instance(logs: &Path, current: Option<u32>, options: LogOptions) -> Option<u32> {
     let found = instances(logs);
     match current {
+        None if options.from_first => found.first().copied(),
         None => found.last().copied(),
         Some(current) => found.into_iter().find(|n| *n > current),
     }
@@ -154,7 +155,10 @@ mod tests {
             follow(
                 &dir,
                 "main",
-                LogOptions::default(),
+                LogOptions {
+                    from_first: true,
+                    ..LogOptions::default()
+                },
                 |line| {
                     lines.push(String::from_utf8(line.text).unwrap());
                     Follow::On
@@ -167,8 +171,6 @@ mod tests {
 
         let mut first = LogWriter::create(&logs, 0).unwrap();
         first.write(StreamName::Stdout, b"one\n").unwrap();
-        // The reader starts with the newest file that it finds; let it find this one.
-        std::thread::sleep(Duration::from_millis(200));
         first.write(StreamName::Stdout, b"two\n").unwrap();
         let mut second = LogWriter::create(&logs, 1).unwrap();
         second.write(StreamName::Stdout, b"three\n").unwrap();

@@ -26,6 +26,8 @@ pub struct LogOptions {
     pub since: Option<Since>,
     /// The start before the current one.
     pub previous: bool,
+    /// When following: from the first start that there is, not from the current one.
+    pub from_first: bool,
 }
 
 /// One record of a log.

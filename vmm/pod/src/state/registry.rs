@@ -163,6 +163,16 @@ impl Registry {
         remove_dead(&record.dir)
     }
 
+    /// Gives up a claim for which no supervisor was started.
+    ///
+    /// # Errors
+    /// When its directories can't be removed.
+    pub fn abandon(&self, claim: Claim) -> Result<(), StateError> {
+        let _names = self.directories.lock_names()?;
+        drop(claim.lock);
+        remove_dead(&claim.dir)
+    }
+
     /// Removes all that dead supervisors left. `ended_too`: also pods that ended in order.
     /// Returns what was removed.
     ///
@@ -200,6 +210,14 @@ impl Registry {
 }
 
 impl PodRecord {
+    /// Reads a pod's state.
+    ///
+    /// # Errors
+    /// When it isn't there.
+    pub fn read(dir: &PodDir) -> Result<Self, StateError> {
+        read_record(dir.clone())
+    }
+
     /// Reads the pod's state again.
     ///
     /// # Errors
@@ -444,6 +462,17 @@ mod tests {
 
         assert!(!tree.exists());
         assert_eq!(fs::read_to_string(outside.join("file")).unwrap(), "kept");
+    }
+
+    #[test]
+    fn an_abandoned_claim_leaves_nothing() {
+        let (_root, registry) = registry();
+        let web = claim(&registry, "web").unwrap();
+        let (run, data) = (web.dir.run().to_owned(), web.dir.data().to_owned());
+
+        registry.abandon(web).unwrap();
+
+        assert!(!run.exists() && !data.exists());
     }
 
     #[test]

@@ -24,6 +24,15 @@ pub enum InstallationError {
     },
 }
 
+impl InstallationError {
+    /// What the user can do.
+    #[must_use]
+    pub fn remedy(&self) -> &'static str {
+        let Self::Missing { remedy, .. } = self;
+        remedy
+    }
+}
+
 impl Installation {
     /// # Errors
     /// When a file is missing; says where it was looked for.

@@ -1,0 +1,19 @@
+//! `hull gc`: removes what killed supervisors left behind.
+
+use crate::Host;
+use crate::failure::Failure;
+
+/// Remove what is left of pods whose supervisor was killed
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Pods that ended in order, too, with their logs
+    #[arg(short, long)]
+    all: bool,
+}
+
+pub fn run(host: &Host, args: &Args) -> Result<(), Failure> {
+    for id in host.registry()?.collect_garbage(args.all)? {
+        println!("{id}");
+    }
+    Ok(())
+}

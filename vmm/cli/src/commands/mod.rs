@@ -1,0 +1,18 @@
+//! The commands, each in a file of its own.
+
+pub mod check;
+pub mod events;
+pub mod exec;
+pub mod gc;
+pub mod images;
+pub mod inspect;
+pub mod kill;
+pub mod load;
+pub mod logs;
+pub mod ps;
+pub mod rm;
+pub mod rmi;
+pub mod run;
+pub mod stop;
+pub mod supervise;
+pub mod wait;

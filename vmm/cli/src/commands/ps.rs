@@ -1,0 +1,71 @@
+//! `hull ps`: the pods of this host.
+
+use hull_pod::state::{Liveness, PodRecord};
+
+use crate::Host;
+use crate::failure::Failure;
+use crate::output::{Format, age, print_table, print_value, row};
+use crate::pods::{as_kubernetes, list, status_word};
+
+/// List pods
+#[derive(Debug, clap::Args)]
+#[command(visible_alias = "pods")]
+pub struct Args {
+    /// Pods that have ended, too
+    #[arg(short, long)]
+    all: bool,
+    /// Only ids
+    #[arg(short, long, conflicts_with = "output")]
+    quiet: bool,
+    #[command(flatten)]
+    output: crate::output::OutputArgs,
+}
+
+pub fn run(host: &Host, args: &Args) -> Result<(), Failure> {
+    let mut pods = host.registry()?.list()?;
+    pods.retain(|p| args.all || (p.liveness == Liveness::Alive && !p.status.phase.ended()));
+    if args.quiet {
+        let rows: Vec<_> = pods.iter().map(|p| row([p.status.id.as_str()])).collect();
+        return print_table(&rows);
+    }
+    match args.output.output {
+        Some(format @ (Format::Json | Format::Yaml)) => {
+            let items = pods.iter().map(as_kubernetes).collect::<Result<_, _>>()?;
+            print_value(&list(items, true), format)
+        }
+        format => print_table(&table(&pods, format == Some(Format::Wide))),
+    }
+}
+
+fn table(pods: &[PodRecord], wide: bool) -> Vec<Vec<String>> {
+    let mut header = row(["NAME", "READY", "STATUS", "RESTARTS", "AGE"]);
+    if wide {
+        header.extend(row(["ID", "SUPERVISOR", "VMM", "KERNEL", "IMAGES"]));
+    }
+    let mut rows = vec![header];
+    for pod in pods {
+        let status = &pod.status;
+        let ready = status.containers.iter().filter(|c| c.is_running()).count();
+        let restarts: u32 = status.all_containers().map(|c| c.restart_count).sum();
+        let mut cells = vec![
+            status.name.clone(),
+            format!("{ready}/{}", status.containers.len()),
+            status_word(status),
+            restarts.to_string(),
+            age(status.created_at),
+        ];
+        if wide {
+            let number = |n: Option<u32>| n.map_or_else(|| "-".into(), |n| n.to_string());
+            let images: Vec<&str> = status.containers.iter().map(|c| c.image.as_str()).collect();
+            cells.extend([
+                status.id.to_string(),
+                number(status.supervisor_pid),
+                number(status.vmm_pid),
+                status.guest_kernel.clone().unwrap_or_else(|| "-".into()),
+                images.join(","),
+            ]);
+        }
+        rows.push(cells);
+    }
+    rows
+}
