@@ -15,6 +15,7 @@ use std::process::{ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
@@ -505,8 +506,15 @@ impl Follower {
     }
 }
 
-/// A stream that `hull-vmm` sent. It may be anything: what isn't a stream socket fails when used.
+/// A stream that `hull-vmm` sent, if it is one.
 fn stream(descriptor: OwnedFd) -> io::Result<UnixStream> {
+    let kind = (
+        sockopt::socket_domain(&descriptor)?,
+        sockopt::socket_type(&descriptor)?,
+    );
+    if kind != (AddressFamily::UNIX, SocketType::STREAM) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
     let stream = StdUnixStream::from(descriptor);
     stream.set_nonblocking(true)?;
     UnixStream::from_std(stream)

@@ -89,6 +89,26 @@ const TESTS: &[Test] = &[
         "the_supervisors_death_ends_the_machine",
         outside::the_supervisors_death_ends_the_machine,
     ),
+    (
+        "a_missing_program_says_so",
+        outside::a_missing_program_says_so,
+    ),
+    (
+        "a_program_that_just_ends_says_so",
+        outside::a_program_that_just_ends_says_so,
+    ),
+    (
+        "a_share_that_is_no_directory_says_so",
+        outside::a_share_that_is_no_directory_says_so,
+    ),
+    (
+        "a_machine_that_cannot_be_made_says_so",
+        outside::a_machine_that_cannot_be_made_says_so,
+    ),
+    (
+        "too_many_descriptors_are_refused",
+        outside::too_many_descriptors_are_refused,
+    ),
 ];
 
 /// Those that need KVM and a guest.

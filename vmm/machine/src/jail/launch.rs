@@ -38,7 +38,10 @@ pub(super) fn into_namespaces(control: &Channel) -> Result<(), JailError> {
     match clone_into_namespaces()? {
         Clone::Launcher { pid, process } => {
             drop(go);
-            finish(control, pid, &process, mapped)
+            let finished = finish(control, pid, &process, &mapped);
+            // The child ends when this is closed: not before this process has told why, and ended.
+            std::mem::forget(mapped);
+            finished.map(|()| std::process::exit(0))
         }
         Clone::Jailed => {
             drop(mapped);
@@ -87,7 +90,7 @@ fn finish(
     control: &Channel,
     pid: i32,
     process: &OwnedFd,
-    mapped: PipeWriter,
+    mut mapped: &PipeWriter,
 ) -> Result<(), JailError> {
     // The supervisor must know the child before anything else can fail: nobody else reaps it.
     let event = Event::Jailed { pid };
@@ -99,8 +102,7 @@ fn finish(
         let identity = identity_map(&own);
         fs::write(format!("/proc/{pid}/{map}"), identity).at(Step::WriteIdMap)?;
     }
-    { mapped }.write_all(&[1]).at(Step::Pipe)?;
-    std::process::exit(0)
+    mapped.write_all(&[1]).at(Step::Pipe)
 }
 
 /// Every id that exists in our user namespace, mapped to itself: from lines of

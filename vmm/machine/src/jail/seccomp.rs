@@ -72,6 +72,7 @@ const EVERY: &[Call] = &[
     never_executable(libc::SYS_mprotect),
     any(libc::SYS_mremap),
     any(libc::SYS_munmap),
+    any(libc::SYS_sched_getaffinity),
     // locks, channels, joining
     any(libc::SYS_futex),
     any(libc::SYS_sched_yield),
@@ -276,7 +277,6 @@ const NURSERY: &[Call] = &[
     },
     any(libc::SYS_rseq),
     any(libc::SYS_set_robust_list),
-    any(libc::SYS_sched_getaffinity),
     any(libc::SYS_prlimit64),
     any(libc::SYS_capset),
     one_of(

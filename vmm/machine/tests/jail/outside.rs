@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use hull_machine::client::{ConnectError, MachineSpec};
+use hull_machine::channel::{ChannelError, MAX_DESCRIPTORS};
+use hull_machine::client::{ConnectError, LaunchError, Machine, MachineSpec};
+use hull_machine::config::CachePolicy;
 use hull_machine::control::ExitReason;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mount::{MountFlags, UnmountFlags};
@@ -357,6 +359,66 @@ pub fn the_supervisors_death_ends_the_machine() {
     let patience = Timespec::try_from(PATIENCE).unwrap();
     let mut event = [PollFd::new(&process, PollFlags::IN)];
     assert_eq!(poll(&mut event, Some(&patience)).unwrap(), 1);
+}
+
+fn launch_error(binary: &str, spec: MachineSpec) -> LaunchError {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let launch = Machine::launch(Path::new(binary), spec);
+    runtime.block_on(launch).unwrap_err()
+}
+
+fn empty_spec() -> MachineSpec {
+    let null = || File::open("/dev/null").unwrap();
+    MachineSpec::new(null(), null(), null())
+}
+
+pub fn a_missing_program_says_so() {
+    let error = launch_error("/no/such/hull-vmm", empty_spec());
+
+    assert_eq!(error.to_string(), "starting \"/no/such/hull-vmm\"");
+}
+
+pub fn a_program_that_just_ends_says_so() {
+    let error = launch_error("/bin/false", empty_spec());
+
+    let LaunchError::Launcher(status) = error else {
+        panic!("{error:?}");
+    };
+    assert_eq!(status.code(), Some(1));
+}
+
+pub fn a_share_that_is_no_directory_says_so() {
+    let (not_a_directory, _writer) = std::io::pipe().unwrap();
+    let spec = empty_spec().share("hull", not_a_directory, false, CachePolicy::Auto);
+
+    let error = launch_error(env!("CARGO_BIN_EXE_hull-vmm"), spec);
+
+    let LaunchError::Ended(ExitReason::Failed(reason)) = error else {
+        panic!("{error:?}");
+    };
+    assert!(reason.contains("copying the mounts of share 0"), "{reason}");
+}
+
+pub fn a_machine_that_cannot_be_made_says_so() {
+    let error = launch_error(env!("CARGO_BIN_EXE_hull-vmm"), empty_spec());
+
+    let LaunchError::Ended(ExitReason::Failed(reason)) = error else {
+        panic!("{error:?}");
+    };
+    assert!(reason.starts_with("making the machine: "), "{reason}");
+}
+
+pub fn too_many_descriptors_are_refused() {
+    let null = || File::open("/dev/null").unwrap();
+    let spec = (0..MAX_DESCRIPTORS).fold(empty_spec(), |spec, _| spec.block("disk", null(), true));
+
+    let error = launch_error(env!("CARGO_BIN_EXE_hull-vmm"), spec);
+
+    let refused = matches!(
+        error,
+        LaunchError::Channel(ChannelError::TooManyDescriptors)
+    );
+    assert!(refused, "{error:?}");
 }
 
 /// All of it, of the real process while its guest boots.
