@@ -1,0 +1,100 @@
+//! The pod as a whole: calls that wait, bad requests, and its end.
+
+use std::time::Duration;
+
+use hull_protocol::agent::{Empty, HelloRequest, StartInfraRequest};
+
+use crate::world::{World, limit, script, spec};
+
+crate::tests!(
+    a_waiting_call_holds_up_no_other,
+    infra_starts_once,
+    names_are_checked,
+    the_last_connection_may_break_in_a_call,
+    shutdown_is_passed_on,
+    the_end_of_infra_is_the_end_of_all,
+);
+
+async fn a_waiting_call_holds_up_no_other(world: World) {
+    let mut missing = world.stdio(false).await.numbers;
+    missing.stdout = 999_999;
+    let waiting = {
+        let world = world.clone();
+        tokio::spawn(async move { world.create("p1", &spec(&["true"]), missing).await })
+    };
+    let started = std::time::Instant::now();
+    world.client.hello(limit(), &HelloRequest::new()).await.unwrap();
+    let (exit, ..) = world.output("p2", &spec(&["true"])).await;
+    assert_eq!(exit.exit_code, 0);
+    assert!(!waiting.is_finished(), "{:?}", started.elapsed());
+    let error = waiting.await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("stream 999999"), "{error}");
+}
+
+async fn infra_starts_once(world: World) {
+    let request = StartInfraRequest {
+        hostname: "again".into(),
+        ..Default::default()
+    };
+    assert!(world.client.start_infra(limit(), &request).await.is_err());
+    let comm = std::fs::read_to_string(format!("/proc/{}/comm", world.infra)).unwrap();
+    assert_eq!(comm, "infra\n");
+}
+
+async fn names_are_checked(world: World) {
+    let numbers = world.stdio(false).await.numbers;
+    for name in ["", "../x", "A"] {
+        assert!(world.create(name, &spec(&["true"]), numbers.clone()).await.is_err());
+    }
+    assert!(world.remove("no-such").await.is_err());
+    assert!(world.signal("no-such", "", 9, true).await.is_err());
+}
+
+async fn the_last_connection_may_break_in_a_call(world: World) {
+    let other = crate::world::connect(&world.agent).await;
+    let stdio = world.stdio(false).await;
+    let broken = World {
+        client: other,
+        ..world.clone()
+    };
+    let numbers = stdio.numbers.clone();
+    let call = tokio::time::timeout(
+        Duration::from_millis(20),
+        async move { broken.create("p3", &script("exit 6"), numbers).await },
+    );
+    let _ = call.await;
+    // The call goes on, and its container can be used.
+    let mut started = world.start("p3").await;
+    for _ in 0..500 {
+        if started.is_ok() {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        started = world.start("p3").await;
+    }
+    started.unwrap();
+    assert_eq!(world.wait("p3", "").await.exit_code, 6);
+    world.remove("p3").await.unwrap();
+}
+
+async fn shutdown_is_passed_on(world: World) {
+    world.client.shutdown(limit(), &Empty::new()).await.unwrap();
+    world.agent.shutdown.notified().await;
+}
+
+async fn the_end_of_infra_is_the_end_of_all(world: World) {
+    world.sleeper("p4").await;
+    world.sleeper("p5").await;
+    let waiting = {
+        let world = world.clone();
+        tokio::spawn(async move { world.wait("", "").await })
+    };
+    world.signal("", "", 9, false).await.unwrap();
+    assert_eq!(waiting.await.unwrap().signal, 9);
+    for id in ["p4", "p5"] {
+        assert_eq!(world.wait(id, "").await.signal, 9);
+        world.remove(id).await.unwrap();
+    }
+    let numbers = world.stdio(false).await.numbers;
+    assert!(world.create("p6", &spec(&["true"]), numbers).await.is_err());
+}
