@@ -37,7 +37,7 @@ const MAX_MESSAGE: usize = 128 * 1024;
 pub enum Request {
     Infra(infra::Infra),
     Create(Create),
-    Exec(Exec),
+    Exec(Box<Exec>),
 }
 
 impl Request {

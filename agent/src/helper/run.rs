@@ -48,7 +48,7 @@ fn serve() -> io::Result<()> {
             Err(text) => Reply::Failed { text },
         },
         Request::Create(request) => reply(create(request, fds), log),
-        Request::Exec(request) => reply(exec(request, fds), log),
+        Request::Exec(request) => reply(exec(*request, fds), log),
     };
     message::send(&socket, &serde_json::to_vec(&reply)?, &[])?;
     // The agent closes its end when it watches the process.

@@ -23,7 +23,11 @@ async fn an_exec_has_output_exit_code_environment_and_directory(world: World) {
         .exec(
             "e1",
             "x",
-            &["sh", "-c", "echo $COLOUR $SIZE; pwd; hostname; cat; echo e >&2; exit 9"],
+            &[
+                "sh",
+                "-c",
+                "echo $COLOUR $SIZE; pwd; hostname; cat; echo e >&2; exit 9",
+            ],
             |request| {
                 request.env = vec!["COLOUR=blue".into(), "SIZE=big".into()];
                 request.cwd = "/tmp".into();
@@ -42,7 +46,11 @@ async fn an_exec_may_have_another_user(world: World) {
         .exec(
             "e2",
             "x",
-            &["sh", "-c", "id -u; id -G; echo $HOME; echo ok > /dev/stdout; grep CapEff /proc/self/status"],
+            &[
+                "sh",
+                "-c",
+                "id -u; id -G; echo $HOME; echo ok > /dev/stdout; grep CapEff /proc/self/status",
+            ],
             |request| request.user = "web".into(),
         )
         .await;
@@ -57,7 +65,13 @@ async fn an_exec_with_a_terminal(world: World) {
     stdio.numbers.columns = 132;
     stdio.numbers.rows = 43;
     world
-        .start_exec("e3", "x", &["sh", "-c", "stty size; read x; echo got $x; exit 4"], &stdio, |_| {})
+        .start_exec(
+            "e3",
+            "x",
+            &["sh", "-c", "stty size; read x; echo got $x; exit 4"],
+            &stdio,
+            |_| {},
+        )
         .await
         .unwrap();
     stdio.stdin.write_all(b"it\n").await.unwrap();
@@ -81,7 +95,12 @@ async fn what_an_exec_wrote_before_its_end_arrives(world: World) {
     world.sleeper("e5").await;
     for round in 0..10 {
         let (_, out, _) = world
-            .exec("e5", "x", &["sh", "-c", "head -c 50000 /dev/zero; echo end"], |_| {})
+            .exec(
+                "e5",
+                "x",
+                &["sh", "-c", "head -c 50000 /dev/zero; echo end"],
+                |_| {},
+            )
             .await;
         assert_eq!(out.len(), 50004, "round {round}");
     }
@@ -120,12 +139,22 @@ async fn execs_need_a_running_container(world: World) {
         .await
         .unwrap();
     let exec = world.stdio(false).await;
-    assert!(world.start_exec("e7", "x", &["true"], &exec, |_| {}).await.is_err());
+    assert!(
+        world
+            .start_exec("e7", "x", &["true"], &exec, |_| {})
+            .await
+            .is_err()
+    );
     world.start("e7").await.unwrap();
     assert!(world.start("e7").await.is_err());
     world.wait("e7", "").await;
     let exec = world.stdio(false).await;
-    assert!(world.start_exec("e7", "x", &["true"], &exec, |_| {}).await.is_err());
+    assert!(
+        world
+            .start_exec("e7", "x", &["true"], &exec, |_| {})
+            .await
+            .is_err()
+    );
     world.remove("e7").await.unwrap();
     assert!(world.remove("e7").await.is_err());
 }
@@ -145,7 +174,10 @@ fn processes() -> usize {
 }
 
 fn mounts() -> usize {
-    fs::read_to_string("/proc/self/mountinfo").unwrap().lines().count()
+    fs::read_to_string("/proc/self/mountinfo")
+        .unwrap()
+        .lines()
+        .count()
 }
 
 async fn many_execs_leave_nothing(world: World) {
@@ -161,12 +193,18 @@ async fn many_execs_leave_nothing(world: World) {
     let mut at_once = tokio::task::JoinSet::new();
     for id in ids {
         let world = world.clone();
-        at_once.spawn(async move { world.exec("e8", &id, &["echo", &id], |_| {}).await.1 == format!("{id}\n") });
+        at_once.spawn(async move {
+            world.exec("e8", &id, &["echo", &id], |_| {}).await.1 == format!("{id}\n")
+        });
     }
     assert!(at_once.join_all().await.into_iter().all(|right| right));
     // Closed ends are dropped by tasks of the runtime.
     tokio::time::sleep(std::time::Duration::from_millis(300)).await;
-    assert_eq!((open_descriptors(), processes(), mounts()), before);
+    let after = (open_descriptors(), processes(), mounts());
+    assert!(
+        after.0 <= before.0 && after.1 <= before.1 && after.2 <= before.2,
+        "descriptors, processes, mounts: {before:?}, then {after:?}"
+    );
     assert_eq!(fs::read_dir("/run/hull/execs").unwrap().count(), 0);
     world.end("e8").await;
 }

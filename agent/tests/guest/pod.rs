@@ -23,7 +23,11 @@ async fn a_waiting_call_holds_up_no_other(world: World) {
         tokio::spawn(async move { world.create("p1", &spec(&["true"]), missing).await })
     };
     let started = std::time::Instant::now();
-    world.client.hello(limit(), &HelloRequest::new()).await.unwrap();
+    world
+        .client
+        .hello(limit(), &HelloRequest::new())
+        .await
+        .unwrap();
     let (exit, ..) = world.output("p2", &spec(&["true"])).await;
     assert_eq!(exit.exit_code, 0);
     assert!(!waiting.is_finished(), "{:?}", started.elapsed());
@@ -44,7 +48,12 @@ async fn infra_starts_once(world: World) {
 async fn names_are_checked(world: World) {
     let numbers = world.stdio(false).await.numbers;
     for name in ["", "../x", "A"] {
-        assert!(world.create(name, &spec(&["true"]), numbers.clone()).await.is_err());
+        assert!(
+            world
+                .create(name, &spec(&["true"]), numbers.clone())
+                .await
+                .is_err()
+        );
     }
     assert!(world.remove("no-such").await.is_err());
     assert!(world.signal("no-such", "", 9, true).await.is_err());
@@ -58,10 +67,9 @@ async fn the_last_connection_may_break_in_a_call(world: World) {
         ..world.clone()
     };
     let numbers = stdio.numbers.clone();
-    let call = tokio::time::timeout(
-        Duration::from_millis(20),
-        async move { broken.create("p3", &script("exit 6"), numbers).await },
-    );
+    let call = tokio::time::timeout(Duration::from_millis(20), async move {
+        broken.create("p3", &script("exit 6"), numbers).await
+    });
     let _ = call.await;
     // The call goes on, and its container can be used.
     let mut started = world.start("p3").await;

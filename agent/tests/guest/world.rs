@@ -94,11 +94,13 @@ impl World {
         request
             .sysctls
             .insert("net.ipv4.ip_unprivileged_port_start".into(), "0".into());
-        request.memory_volumes.push(hull_protocol::agent::MemoryVolume {
-            name: "mem".into(),
-            size_bytes: 1 << 20,
-            ..Default::default()
-        });
+        request
+            .memory_volumes
+            .push(hull_protocol::agent::MemoryVolume {
+                name: "mem".into(),
+                size_bytes: 1 << 20,
+                ..Default::default()
+            });
         let infra = client.start_infra(limit(), &request).await.unwrap().pid;
         Self {
             agent,
@@ -145,12 +147,7 @@ impl World {
         (ours, number)
     }
 
-    pub async fn create(
-        &self,
-        id: &str,
-        spec: &Value,
-        numbers: Streams,
-    ) -> ttrpc::Result<u32> {
+    pub async fn create(&self, id: &str, spec: &Value, numbers: Streams) -> ttrpc::Result<u32> {
         let request = CreateContainerRequest {
             container_id: id.into(),
             spec: spec.to_string().into_bytes(),
@@ -169,7 +166,10 @@ impl World {
             container_id: id.into(),
             ..Default::default()
         };
-        self.client.start_container(limit(), &request).await.map(drop)
+        self.client
+            .start_container(limit(), &request)
+            .await
+            .map(drop)
     }
 
     pub async fn run(&self, id: &str, spec: &Value, tty: bool) -> Stdio {
@@ -215,7 +215,10 @@ impl World {
             container_id: id.into(),
             ..Default::default()
         };
-        self.client.remove_container(limit(), &request).await.map(drop)
+        self.client
+            .remove_container(limit(), &request)
+            .await
+            .map(drop)
     }
 
     /// Kills and removes.
@@ -308,15 +311,30 @@ fn make_root(root: &Path) {
         "root:x:0:0:root:/root:/bin/sh\nweb:x:33:34::/tmp:/bin/sh\n",
     )
     .unwrap();
-    fs::write(root.join("etc/group"), "root:x:0:\nweb:x:34:\nlogs:x:4:web\n").unwrap();
+    fs::write(
+        root.join("etc/group"),
+        "root:x:0:\nweb:x:34:\nlogs:x:4:web\n",
+    )
+    .unwrap();
 }
 
 /// A specification as a supervisor makes it.
 pub fn spec(args: &[&str]) -> Value {
     let caps = [
-        "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW",
-        "CAP_SETGID", "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE",
-        "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FSETID",
+        "CAP_FOWNER",
+        "CAP_MKNOD",
+        "CAP_NET_RAW",
+        "CAP_SETGID",
+        "CAP_SETUID",
+        "CAP_SETFCAP",
+        "CAP_SETPCAP",
+        "CAP_NET_BIND_SERVICE",
+        "CAP_SYS_CHROOT",
+        "CAP_KILL",
+        "CAP_AUDIT_WRITE",
     ];
     json!({
         "ociVersion": "1.0.2",

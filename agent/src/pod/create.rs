@@ -1,0 +1,188 @@
+//! A container is made: its files, cgroup and first process.
+
+use std::sync::Arc;
+
+use hull_protocol::agent::CreateContainerRequest;
+use oci_spec::runtime::Spec;
+
+use super::attach::Attached;
+use super::{Pod, blocking, write_json};
+use crate::container::cgroup::Cgroup;
+use crate::container::mounts::{self, Placed};
+use crate::container::spec::{self, Source};
+use crate::container::user::{self, User};
+use crate::container::{Container, Places, Running, Slot, check_name, devices, reserve};
+use crate::error::{Error, Result};
+use crate::helper::{self, Request};
+use crate::stdio::{Size, Until};
+
+const MAX_CONTAINERS: usize = 256;
+
+impl Pod {
+    /// Makes a container up to where its program would start.
+    pub async fn create(self: &Arc<Self>, request: CreateContainerRequest) -> Result<u32> {
+        let id = request.container_id.clone();
+        check_name("container", &id)?;
+        let infra = self.infra()?;
+        if infra.process.has_ended() {
+            return Err(Error::State("infra has ended".into()));
+        }
+        reserve(
+            &mut self.containers(),
+            "container",
+            &id,
+            MAX_CONTAINERS,
+            "containers",
+        )?;
+        let made = self.make_container(request).await;
+        let mut containers = self.containers();
+        let container = match made {
+            Ok(container) => container,
+            Err(error) => {
+                containers.remove(&id);
+                return Err(error);
+            }
+        };
+        let pid = container.first.process.pid.as_raw_nonzero();
+        containers.insert(id, Slot::Ready(Arc::new(container)));
+        drop(containers);
+        if infra.process.has_ended() {
+            self.kill_containers();
+        }
+        Ok(pid.get().unsigned_abs())
+    }
+
+    async fn make_container(
+        self: &Arc<Self>,
+        request: CreateContainerRequest,
+    ) -> Result<Container> {
+        let numbers = request.streams.clone().unwrap_or_default();
+        let size = Size::new(numbers.columns, numbers.rows)?;
+        let claimed = self.claim(&numbers).await?;
+        let id = &request.container_id;
+        let places = Places {
+            bundle: self.run.join("containers").join(id),
+            state: self.run.join("state").join(id),
+        };
+        let cgroup = Arc::new(Cgroup::create(id)?);
+        let made = async {
+            let prepared = {
+                let (pod, places, cgroup) = (Arc::clone(self), places.clone(), Arc::clone(&cgroup));
+                let request = request.clone();
+                blocking(move || pod.prepare(&request, &places, &cgroup)).await?
+            };
+            let create = |console| {
+                Request::Create(helper::Create {
+                    id: id.clone(),
+                    states: self.run.join("state"),
+                    bundle: places.bundle.clone(),
+                    console,
+                })
+            };
+            let attached = Attached {
+                claimed,
+                terminal: numbers.tty,
+                console: places.bundle.join("console"),
+                user: &prepared.user,
+                until: Until::Closed,
+            };
+            let (process, terminal, copies) = self.run_helper(attached, create).await?;
+            if let Some(terminal) = &terminal {
+                terminal.resize(size)?;
+            }
+            let first = Running::new(process, terminal, copies, Arc::clone(&cgroup), true);
+            Ok((prepared, first))
+        };
+        match made.await {
+            Ok((prepared, first)) => Ok(Container::new(
+                places,
+                cgroup,
+                prepared.spec,
+                first,
+                request.rootfs.clone(),
+            )),
+            Err(error) => {
+                for cleaned in [cgroup.remove().await, places.remove()] {
+                    if let Err(also) = cleaned {
+                        tracing::warn!("after a failed start: {also}");
+                    }
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Everything on disk and in the cgroup that the container needs.
+    fn prepare(
+        &self,
+        request: &CreateContainerRequest,
+        places: &Places,
+        cgroup: &Cgroup,
+    ) -> Result<Prepared> {
+        let given = spec::parse(&request.spec)?;
+        places.make()?;
+        let share = self.run.join("share");
+        let root = mounts::open_shared(&share, &request.rootfs)?;
+        mounts::check_root(&root)?;
+        let user = user::look_up(&root, &request.user, &request.additional_gids)?;
+        if let Some(process) = given.process() {
+            mounts::make_directory(&root, process.cwd()).or_else(|error| {
+                let read_only = given
+                    .root()
+                    .as_ref()
+                    .and_then(|root| root.readonly())
+                    .unwrap_or(false);
+                if read_only { Ok(()) } else { Err(error) }
+            })?;
+        }
+        let mut placed = vec![mounts::place(&root, places.bundle.join("rootfs"))?];
+        let mut wanted = spec::mounts(&given)?;
+        for (index, mount) in wanted.iter_mut().enumerate() {
+            let fd = match spec::source(mount)? {
+                Source::New => continue,
+                Source::Share(path) => mounts::open_shared(&share, path)?,
+                Source::Memory(path) => mounts::open_memory(&self.run.join("memory"), path)?,
+                Source::Shm => mounts::open_directory(&self.run.join("shm"))?,
+            };
+            let place = mounts::place(fd, places.bundle.join(format!("mounts/{index}")))?;
+            spec::bind(mount, &place.path);
+            placed.push(place);
+        }
+        let infra = self.infra()?;
+        let spec = spec::complete(
+            &given,
+            spec::Guest {
+                root: places.bundle.join("rootfs"),
+                cgroup: &cgroup.name,
+                infra_pid: infra.process.pid.as_raw_nonzero().get(),
+                share_pids: infra.share_pids,
+                user: &user,
+                terminal: request.streams.tty,
+                mounts: wanted,
+            },
+        )?;
+        write_json(&places.bundle.join("config.json"), &spec)?;
+        let rules = spec
+            .linux()
+            .iter()
+            .filter_map(|linux| linux.resources().as_ref())
+            .filter_map(|resources| resources.devices().as_deref())
+            .flatten()
+            .cloned()
+            .collect::<Vec<_>>();
+        devices::attach(cgroup.open()?, &rules)?;
+        Ok(Prepared {
+            spec,
+            user,
+            _placed: placed,
+        })
+    }
+}
+
+/// What comes out of [`Pod::prepare`].
+struct Prepared {
+    spec: Spec,
+    user: User,
+    /// Held until the container has its own copies.
+    _placed: Vec<Placed>,
+}
