@@ -62,6 +62,13 @@ impl Platform for KvmPlatform {
             .register_ioevent(kick, &IoEventAddress::Mmio(address), NoDatamatch)
             .map_err(io::Error::from)
     }
+
+    fn detach_doorbell(&self, address: u64, kick: &EventFd) -> io::Result<()> {
+        self.routes
+            .vm
+            .unregister_ioevent(kick, &IoEventAddress::Mmio(address), NoDatamatch)
+            .map_err(io::Error::from)
+    }
 }
 
 #[derive(Debug)]

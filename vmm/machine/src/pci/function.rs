@@ -1,11 +1,12 @@
 //! A virtio device as a PCI function: its configuration space, its one BAR, its MSI-X.
 //!
-//! The BAR stays where it was put. A guest can find its size and can write another
-//! address, but the function answers nowhere else: until the old address is written
-//! back it answers not at all.
+//! The BAR is where the guest puts it, within the window for 32-bit BARs, and starts out
+//! where nobody needs to move it. A guest that moves it elsewhere, or onto another
+//! function's, has a function that answers nowhere.
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -14,6 +15,7 @@ use super::PciError;
 use super::config_space::{COMMAND_MEMORY, ConfigSpace, Identity, header, natural};
 use super::msix::{self, Msix};
 use super::platform::{MsiLine, Platform};
+use crate::layout::{PCI_MMIO32_SIZE, PCI_MMIO32_START};
 use crate::virtio::device::{Interrupt, VirtioDevice};
 use crate::virtio::transport::{COMMON_SIZE, Transport};
 
@@ -53,11 +55,27 @@ const WINDOW_OFFSET: u8 = 8;
 const WINDOW_LENGTH: u8 = 12;
 const WINDOW_DATA: u8 = 16;
 
+/// Where a function's BAR answers now, to be looked at without the function's lock. Written by the function alone.
+#[derive(Debug, Default)]
+pub struct Place(AtomicU32);
+
+impl Place {
+    /// The BAR's address, if it answers at all.
+    pub fn get(&self) -> Option<u32> {
+        Some(self.0.load(Ordering::Acquire)).filter(|address| *address != 0)
+    }
+
+    fn set(&self, address: Option<u32>) {
+        self.0.store(address.unwrap_or(0), Ordering::Release);
+    }
+}
+
 /// One virtio device on the bus.
 #[derive(Debug)]
 pub struct VirtioFunction {
     identity: Identity,
-    address: u32,
+    platform: Arc<dyn Platform>,
+    place: Arc<Place>,
     config: ConfigSpace,
     /// Where the MSI-X capability is.
     msix_capability: u8,
@@ -78,11 +96,11 @@ impl Interrupt for Vector {
 }
 
 impl VirtioFunction {
-    /// A function with its BAR at `address`, whose doorbells and interrupts the platform knows.
+    /// A function whose BAR will be at `address` once the guest has memory decoding on.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: GuestMemoryMmap,
-        platform: &dyn Platform,
+        platform: Arc<dyn Platform>,
         address: u32,
     ) -> Result<Self, PciError> {
         let device_type = device.device_type();
@@ -93,16 +111,11 @@ impl VirtioFunction {
         }
         let identity = identity(device_type)?;
 
-        let mut kicks = Vec::with_capacity(queues.len());
-        let mut doorbell = u64::from(address) + NOTIFY;
-        for _ in queues {
-            let kick = EventFd::new(EFD_NONBLOCK).map_err(PciError::Doorbell)?;
-            platform
-                .attach_doorbell(doorbell, &kick)
-                .map_err(PciError::Doorbell)?;
-            kicks.push(kick);
-            doorbell += u64::from(NOTIFY_MULTIPLIER);
-        }
+        let kicks = queues
+            .iter()
+            .map(|_| EventFd::new(EFD_NONBLOCK))
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(PciError::Doorbell)?;
         // One for each queue, and one for changes of the configuration.
         let lines = (0..=queues.len())
             .map(|_| platform.msi_line())
@@ -119,7 +132,8 @@ impl VirtioFunction {
             add_capabilities(&mut config, lines.len()).ok_or(PciError::Capabilities)?;
         Ok(Self {
             identity,
-            address,
+            platform,
+            place: Arc::default(),
             config,
             msix_capability,
             window,
@@ -132,8 +146,14 @@ impl VirtioFunction {
         self.identity
     }
 
-    pub fn address(&self) -> u32 {
-        self.address
+    /// Follows the BAR's place.
+    pub fn place(&self) -> Arc<Place> {
+        self.place.clone()
+    }
+
+    /// What the guest has in the BAR's register.
+    pub fn bar(&self) -> u32 {
+        self.config.u32(header::BAR0)
     }
 
     /// A guest's read of configuration space.
@@ -153,22 +173,17 @@ impl VirtioFunction {
         }
         let control = self.config.u16(self.msix_capability + 2);
         self.msix.set_control(control);
+        self.follow_bar();
     }
 
-    /// A guest's read of memory, `offset` bytes after where the BAR belongs.
+    /// A guest's read of memory, `offset` bytes after the BAR's start.
     pub fn read_bar(&mut self, offset: u64, data: &mut [u8]) {
-        if self.decodes() {
-            self.read_structure(offset, data);
-        } else {
-            data.fill(0xff);
-        }
+        self.read_structure(offset, data);
     }
 
-    /// A guest's write to memory, `offset` bytes after where the BAR belongs.
+    /// A guest's write to memory, `offset` bytes after the BAR's start.
     pub fn write_bar(&mut self, offset: u64, data: &[u8]) {
-        if self.decodes() {
-            self.write_structure(offset, data);
-        }
+        self.write_structure(offset, data);
     }
 
     /// Ends the device. The guest finds it as it was before its driver came.
@@ -176,9 +191,47 @@ impl VirtioFunction {
         self.transport.reset();
     }
 
-    fn decodes(&self) -> bool {
-        self.config.u16(header::COMMAND) & COMMAND_MEMORY != 0
-            && self.config.u32(header::BAR0) == self.address
+    /// Answers where the configuration says, with the doorbells there too.
+    fn follow_bar(&mut self) {
+        let decoding = self.config.u16(header::COMMAND) & COMMAND_MEMORY != 0;
+        let wanted = Some(self.bar()).filter(|address| decoding && in_window(*address));
+        let current = self.place.get();
+        if wanted == current {
+            return;
+        }
+        self.place.set(None);
+        if let Some(address) = current {
+            for (kick, doorbell) in self.transport.kicks().iter().zip(doorbells(address)) {
+                self.detach(doorbell, kick);
+            }
+        }
+        if let Some(address) = wanted
+            && self.attach_all(address)
+        {
+            self.place.set(wanted);
+        }
+    }
+
+    /// Attaches all doorbells of a BAR, or none.
+    fn attach_all(&self, address: u32) -> bool {
+        let kicks = self.transport.kicks();
+        for (index, (kick, doorbell)) in kicks.iter().zip(doorbells(address)).enumerate() {
+            if let Err(error) = self.platform.attach_doorbell(doorbell, kick) {
+                // The guest has put it onto another function.
+                log::debug!("no BAR at {address:#x}: {error}");
+                for (kick, doorbell) in kicks[..index].iter().zip(doorbells(address)) {
+                    self.detach(doorbell, kick);
+                }
+                return false;
+            }
+        }
+        true
+    }
+
+    fn detach(&self, doorbell: u64, kick: &EventFd) {
+        if let Err(error) = self.platform.detach_doorbell(doorbell, kick) {
+            log::error!("the doorbell at {doorbell:#x} stays: {error}");
+        }
     }
 
     fn read_structure(&mut self, offset: u64, data: &mut [u8]) {
@@ -227,6 +280,18 @@ impl VirtioFunction {
         let length = usize::try_from(length).ok()?;
         (bar == 0 && aligned && inside && length <= len).then_some((u64::from(target), length))
     }
+}
+
+/// Where the doorbells of a BAR's queues are.
+fn doorbells(address: u32) -> impl Iterator<Item = u64> {
+    let first = u64::from(address) + NOTIFY;
+    (first..).step_by(NOTIFY_MULTIPLIER as usize)
+}
+
+/// Whether a BAR at `address` has all of itself in the window.
+fn in_window(address: u32) -> bool {
+    let start = u64::from(address);
+    start >= PCI_MMIO32_START && start + u64::from(BAR_SIZE) <= PCI_MMIO32_START + PCI_MMIO32_SIZE
 }
 
 /// Adds all capabilities; where the MSI-X one and the window are.

@@ -19,7 +19,7 @@ use crate::virtio::device::VirtioDevice;
 
 use config_space::ConfigSpace;
 pub use config_space::Identity;
-use function::{BAR_SIZE, VirtioFunction};
+use function::{BAR_SIZE, Place, VirtioFunction};
 use platform::Platform;
 
 /// Slots of a bus, the host bridge's among them.
@@ -70,7 +70,13 @@ pub struct PciRoot {
     platform: Arc<dyn Platform>,
     bridge: Mutex<ConfigSpace>,
     /// Slot 1 and on.
-    functions: Vec<Mutex<VirtioFunction>>,
+    slots: Vec<Slot>,
+}
+
+#[derive(Debug)]
+struct Slot {
+    place: Arc<Place>,
+    function: Mutex<VirtioFunction>,
 }
 
 impl PciRoot {
@@ -81,7 +87,7 @@ impl PciRoot {
             memory,
             platform,
             bridge: Mutex::new(ConfigSpace::new(&HOST_BRIDGE)),
-            functions: Vec::new(),
+            slots: Vec::new(),
         }
     }
 
@@ -90,14 +96,18 @@ impl PciRoot {
     /// # Errors
     /// When the bus is full, or the platform has no interrupt or doorbell for it.
     pub fn add_virtio(&mut self, device: Box<dyn VirtioDevice>) -> Result<u8, PciError> {
-        let slot = u8::try_from(self.functions.len() + 1)
+        let slot = u8::try_from(self.slots.len() + 1)
             .ok()
             .filter(|slot| *slot < SLOTS)
             .ok_or(PciError::Full)?;
         let address = u64::from(slot) * u64::from(BAR_SIZE) + PCI_MMIO32_START;
         let address = u32::try_from(address).map_err(|_| PciError::Full)?;
-        let function = VirtioFunction::new(device, self.memory.clone(), &*self.platform, address)?;
-        self.functions.push(Mutex::new(function));
+        let (memory, platform) = (self.memory.clone(), self.platform.clone());
+        let function = VirtioFunction::new(device, memory, platform, address)?;
+        self.slots.push(Slot {
+            place: function.place(),
+            function: Mutex::new(function),
+        });
         Ok(slot)
     }
 
@@ -112,9 +122,7 @@ impl PciRoot {
                 },
                 None => data.fill(0xff),
             }
-        } else if let Some((slot, offset)) = bar(address, data.len())
-            && let Some(mut function) = self.function(slot)
-        {
+        } else if let Some((mut function, offset)) = self.bar(address, data.len()) {
             function.read_bar(offset, data);
         } else {
             data.fill(0xff);
@@ -133,17 +141,15 @@ impl PciRoot {
                 }
                 None => {}
             }
-        } else if let Some((slot, offset)) = bar(address, data.len())
-            && let Some(mut function) = self.function(slot)
-        {
+        } else if let Some((mut function, offset)) = self.bar(address, data.len()) {
             function.write_bar(offset, data);
         }
     }
 
     /// Resets every device: none has a thread or touches the guest's memory afterwards.
     pub fn stop(&self) {
-        for function in &self.functions {
-            lock(function).stop();
+        for slot in &self.slots {
+            lock(&slot.function).stop();
         }
     }
 
@@ -155,12 +161,12 @@ impl PciRoot {
             identity: HOST_BRIDGE,
             bar: None,
         };
-        let devices = (1..).zip(&self.functions).map(|(slot, function)| {
-            let function = lock(function);
+        let devices = (1..).zip(&self.slots).map(|(number, slot)| {
+            let function = lock(&slot.function);
             FunctionInfo {
-                slot,
+                slot: number,
                 identity: function.identity(),
-                bar: Some((u64::from(function.address()), u64::from(BAR_SIZE))),
+                bar: Some((u64::from(function.bar()), u64::from(BAR_SIZE))),
             }
         });
         std::iter::once(bridge).chain(devices).collect()
@@ -168,7 +174,18 @@ impl PciRoot {
 
     fn function(&self, slot: u8) -> Option<MutexGuard<'_, VirtioFunction>> {
         let index = usize::from(slot).checked_sub(1)?;
-        self.functions.get(index).map(lock)
+        self.slots.get(index).map(|slot| lock(&slot.function))
+    }
+
+    /// If all of an access is in one function's BAR: the function, and the offset in the BAR.
+    fn bar(&self, address: u64, len: usize) -> Option<(MutexGuard<'_, VirtioFunction>, u64)> {
+        let last = address.checked_add(u64::try_from(len).ok()?.checked_sub(1)?)?;
+        self.slots.iter().find_map(|slot| {
+            let start = u64::from(slot.place.get()?);
+            let within = start..start + u64::from(BAR_SIZE);
+            (within.contains(&address) && within.contains(&last))
+                .then(|| (lock(&slot.function), address - start))
+        })
     }
 }
 
@@ -186,16 +203,4 @@ fn ecam(address: u64) -> Option<(Option<u8>, u16)> {
     let slot = u8::try_from(offset >> 15 & 0x1f).ok()?;
     let function = offset >> 12 & 7;
     Some(((function == 0).then_some(slot), register))
-}
-
-/// If all of an access is in one slot's BAR window: the slot, and the offset in the BAR.
-fn bar(address: u64, len: usize) -> Option<(u8, u64)> {
-    let size = u64::from(BAR_SIZE);
-    let offset = address.checked_sub(PCI_MMIO32_START)?;
-    let slot = u8::try_from(offset / size)
-        .ok()
-        .filter(|slot| (1..SLOTS).contains(slot))?;
-    let within = offset % size;
-    let end = within.checked_add(u64::try_from(len).ok()?)?;
-    (end <= size).then_some((slot, within))
 }

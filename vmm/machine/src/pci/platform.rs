@@ -54,6 +54,12 @@ pub trait Platform: Debug + Send + Sync {
     /// Writes of the guest to `address`, of any width and value, make `kick` readable from now on.
     ///
     /// # Errors
-    /// When the hypervisor refuses.
+    /// When the hypervisor refuses, or there is a doorbell at the address.
     fn attach_doorbell(&self, address: u64, kick: &EventFd) -> io::Result<()>;
+
+    /// Undoes [`Self::attach_doorbell`] of the same arguments.
+    ///
+    /// # Errors
+    /// When there is no such doorbell.
+    fn detach_doorbell(&self, address: u64, kick: &EventFd) -> io::Result<()>;
 }

@@ -69,7 +69,19 @@ impl Platform for Hypervisor {
     }
 
     fn attach_doorbell(&self, address: u64, _kick: &EventFd) -> io::Result<()> {
-        self.doorbells.lock().unwrap().push(address);
+        let mut doorbells = self.doorbells.lock().unwrap();
+        if doorbells.contains(&address) {
+            return Err(io::ErrorKind::AlreadyExists.into());
+        }
+        doorbells.push(address);
+        Ok(())
+    }
+
+    fn detach_doorbell(&self, address: u64, _kick: &EventFd) -> io::Result<()> {
+        let mut doorbells = self.doorbells.lock().unwrap();
+        let before = doorbells.len();
+        doorbells.retain(|attached| *attached != address);
+        assert_eq!(doorbells.len() + 1, before, "no doorbell at {address:#x}");
         Ok(())
     }
 }
@@ -192,6 +204,10 @@ impl Bench {
         self.write32(entry + 12, masked);
     }
 
+    fn doorbells(&self) -> Vec<u64> {
+        self.hypervisor.doorbells.lock().unwrap().clone()
+    }
+
     fn line(&self, number: usize) -> Arc<Line> {
         self.hypervisor.lines.lock().unwrap()[number].clone()
     }
@@ -240,12 +256,15 @@ fn capabilities_are_the_five_structures_and_msix() {
 }
 
 #[test]
-fn each_queue_has_its_doorbell() {
+fn each_queue_has_its_doorbell_while_memory_decoding_is_on() {
     let bench = Bench::new();
+    let before = bench.doorbells();
+    bench.write16(CONFIG + 4, 2);
+    let on = bench.doorbells();
+    bench.write16(CONFIG + 4, 0);
 
-    let doorbells = bench.hypervisor.doorbells.lock().unwrap().clone();
-
-    assert_eq!(doorbells, [BAR + 0x3000, BAR + 0x3004]);
+    assert_eq!(on, [BAR + 0x3000, BAR + 0x3004]);
+    assert_eq!((before, bench.doorbells()), (vec![], vec![]));
 }
 
 #[test]
@@ -261,16 +280,51 @@ fn a_bar_answers_only_while_memory_decoding_is_on() {
 }
 
 #[test]
-fn a_bar_that_the_guest_moves_answers_nowhere_until_it_is_back() {
+fn a_bar_that_the_guest_moves_answers_there_with_its_doorbells() {
     let bench = Bench::enabled();
-    let address = bench.read32(CONFIG + 0x10);
-    let elsewhere = PCI_MMIO32_START + 0x10_0000;
+    let elsewhere = PCI_MMIO32_START + PCI_MMIO32_SIZE - 0x8000;
     bench.write32(CONFIG + 0x10, u32::try_from(elsewhere).unwrap());
-    let moved = [bench.read32(DEVICE), bench.read32(elsewhere + 0x2000)];
-    bench.write32(CONFIG + 0x10, address);
 
-    assert_eq!(moved, [u32::MAX; 2]);
+    assert_eq!(bench.read32(DEVICE), u32::MAX);
+    assert_eq!(bench.read32(elsewhere + 0x2000), 0x7878_7878);
+    assert_eq!(bench.doorbells(), [elsewhere + 0x3000, elsewhere + 0x3004]);
+}
+
+#[test]
+fn a_bar_outside_the_window_answers_nowhere() {
+    let bench = Bench::enabled();
+
+    for outside in [
+        0,
+        0x10_0000,
+        0xBFFF_8000,
+        0xE000_0000,
+        0xFEE0_0000,
+        0xFFFF_8000,
+    ] {
+        bench.write32(CONFIG + 0x10, outside);
+
+        assert_ne!(bench.read32(u64::from(outside) + 0x2000), 0x7878_7878);
+        assert!(bench.doorbells().is_empty());
+    }
+    bench.write32(CONFIG + 0x10, u32::try_from(BAR).unwrap());
     assert_eq!(bench.read32(DEVICE), 0x7878_7878);
+}
+
+#[test]
+fn a_bar_on_another_functions_answers_nowhere() {
+    let mut bench = Bench::enabled();
+    bench.root.add_virtio(Box::new(Device::default())).unwrap();
+    let other = CONFIG + 0x8000;
+    bench.write16(other + 4, 2);
+    let both = bench.doorbells().len();
+    bench.write32(other + 0x10, u32::try_from(BAR).unwrap());
+    let one = bench.doorbells();
+    bench.write16(CONFIG + 4, 0);
+
+    assert_eq!(both, 4);
+    assert_eq!(one, [BAR + 0x3000, BAR + 0x3004]);
+    assert_eq!(bench.read32(DEVICE), u32::MAX);
 }
 
 #[test]

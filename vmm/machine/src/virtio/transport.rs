@@ -240,6 +240,11 @@ impl Transport {
         self.config_generation = self.config_generation.wrapping_add(1);
     }
 
+    /// Each queue's event, to be written when the queue is notified.
+    pub fn kicks(&self) -> &[EventFd] {
+        &self.kicks
+    }
+
     /// A guest's notification that did not go through the hypervisor's doorbell.
     pub fn notify(&self, queue: usize) {
         if let Some(kick) = self.kicks.get(queue)
