@@ -4,6 +4,8 @@ pub mod block;
 pub mod console;
 #[cfg(test)]
 mod driver;
+#[cfg(test)]
+mod driver_queue;
 pub mod fs;
 pub mod rng;
 pub mod vsock;
