@@ -11,6 +11,10 @@ use vm_memory::{ByteValued, GuestMemoryMmap};
 use super::mapping::FileServerMemory;
 use super::server::{MessageServer, Session};
 
+/// Size of an answer's header, which is all of a refusal.
+const HEADER_SIZE: u32 = 16;
+const _: () = assert!(size_of::<OutHeader>() == 16);
+
 /// Serves the message in `chain`. Returns how many bytes of the chain were written.
 pub(super) fn serve(
     chain: &DescriptorChain<&GuestMemoryMmap>,
@@ -54,7 +58,7 @@ pub(super) fn serve(
 /// Answers with an error. Returns the answer's length.
 fn refuse(mut answer: Writer<'_>, unique: u64, errno: i32) -> usize {
     let header = OutHeader {
-        len: const { size_of::<OutHeader>() as u32 },
+        len: HEADER_SIZE,
         error: -errno,
         unique,
     };

@@ -297,3 +297,194 @@ impl Connection {
         self.from_guest.tell()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const BUFFER: u32 = 1000;
+
+    fn packet(len: u32, flags: u32) -> Header {
+        Header {
+            len,
+            flags,
+            buf_alloc: 500,
+            ..Header::default()
+        }
+    }
+
+    fn established(now: Instant) -> Connection {
+        let mut connection = Connection::requested(BUFFER, now);
+        assert_eq!(
+            connection.next_control().map(|control| control.op),
+            Some(Op::Request)
+        );
+        assert!(!connection.on_packet(&packet(0, 0), Op::Response, now));
+        connection
+    }
+
+    #[test]
+    fn a_request_that_is_not_answered_ends_at_its_deadline() {
+        let now = Instant::now();
+        let mut connection = Connection::requested(BUFFER, now);
+
+        connection.on_deadline(now + REQUEST_TIMEOUT - Duration::from_millis(1));
+        assert_eq!(connection.state(), State::Requested(now + REQUEST_TIMEOUT));
+        connection.on_deadline(now + REQUEST_TIMEOUT);
+
+        assert_eq!(connection.state(), State::Over(End::Deadline));
+        assert!(End::Deadline.wants_reset());
+    }
+
+    #[test]
+    fn an_established_connection_has_no_deadline() {
+        let now = Instant::now();
+        let mut connection = established(now);
+
+        connection.on_deadline(now + REQUEST_TIMEOUT * 1000);
+
+        assert_eq!(connection.state(), State::Established);
+        assert_eq!(connection.deadline(), None);
+    }
+
+    #[test]
+    fn a_guest_that_does_not_confirm_the_end_is_cut_off() {
+        let now = Instant::now();
+        let mut connection = established(now);
+
+        connection.on_host_sent_all(now);
+        connection.on_host_stops_receiving(now);
+        let leave = connection.next_control();
+        connection.on_deadline(now + CLOSE_TIMEOUT);
+
+        let flags = SHUTDOWN_SEND | SHUTDOWN_RECEIVE;
+        assert_eq!(
+            leave,
+            Some(Control {
+                op: Op::Shutdown,
+                flags
+            })
+        );
+        assert_eq!(connection.state(), State::Over(End::Deadline));
+    }
+
+    #[test]
+    fn a_host_that_goes_before_the_answer_is_told_after_it() {
+        let now = Instant::now();
+        let mut connection = Connection::requested(BUFFER, now);
+        connection.next_control();
+
+        connection.on_host_sent_all(now);
+        connection.on_host_stops_receiving(now);
+        let before = connection.next_control();
+        connection.on_packet(&packet(0, 0), Op::Response, now);
+
+        assert_eq!(before, None);
+        assert_eq!(
+            connection.next_control().map(|control| control.op),
+            Some(Op::Shutdown)
+        );
+        assert_eq!(connection.state(), State::Closing(now + CLOSE_TIMEOUT));
+    }
+
+    #[test]
+    fn data_for_a_host_that_is_gone_is_dropped_and_does_not_fill_the_buffer() {
+        let now = Instant::now();
+        let mut connection = established(now);
+        connection.on_host_stops_receiving(now);
+
+        let wanted = (0..10).any(|_| connection.on_packet(&packet(BUFFER, 0), Op::Data, now));
+
+        assert!(!wanted);
+        assert_eq!(connection.state(), State::Established);
+    }
+
+    #[test]
+    fn credit_that_is_asked_for_is_told_once() {
+        let now = Instant::now();
+        let mut connection = established(now);
+
+        connection.on_packet(&packet(0, 0), Op::CreditRequest, now);
+
+        let update = Control {
+            op: Op::CreditUpdate,
+            flags: 0,
+        };
+        assert_eq!(connection.next_control(), Some(update));
+        assert_eq!(connection.next_control(), None);
+    }
+
+    /// What can happen to a connection.
+    #[derive(Debug, Clone)]
+    enum Happening {
+        Packet(u16, u32, u32),
+        Control,
+        Send(u32),
+        Forward,
+        HostSentAll,
+        HostGone,
+        Wait(u8),
+    }
+
+    fn happening() -> impl Strategy<Value = Happening> {
+        prop_oneof![
+            4 => (1_u16..8, 0_u32..BUFFER, 0_u32..4).prop_map(|(op, len, flags)| Happening::Packet(op, len, flags)),
+            4 => Just(Happening::Control),
+            2 => (0_u32..600).prop_map(Happening::Send),
+            2 => Just(Happening::Forward),
+            1 => Just(Happening::HostSentAll),
+            1 => Just(Happening::HostGone),
+            1 => (0_u8..15).prop_map(Happening::Wait),
+        ]
+    }
+
+    proptest! {
+        /// Whatever happens in whatever order: what is over stays over and is silent, the first packet is the
+        /// request, nothing is sent past a shutdown, no half that was shut is ever open again, and there is a deadline
+        /// whenever the guest owes something.
+        #[test]
+        fn keeps_to_the_protocol(happenings in prop::collection::vec(happening(), 0..60)) {
+            let mut now = Instant::now();
+            let mut connection = Connection::requested(BUFFER, now);
+            let (mut said, mut told) = (0, 0);
+            for happening in happenings {
+                let before = connection.state();
+                match happening {
+                    Happening::Packet(op, len, flags) => {
+                        let op = Op::from_number(op).unwrap();
+                        let wanted = connection.on_packet(&packet(len, flags), op, now);
+                        prop_assert!(!wanted || (op == Op::Data && connection.host_receives));
+                    }
+                    Happening::Control => {
+                        let control = connection.next_control();
+                        said += usize::from(control.is_some());
+                        prop_assert!(said != 1 || control.is_none() || control.unwrap().op == Op::Request);
+                        if let Some(Control { op: Op::Shutdown, flags }) = control {
+                            prop_assert!(flags != told && flags & told == told);
+                            told = flags;
+                        }
+                    }
+                    Happening::Send(count) => {
+                        let count = count.min(connection.room());
+                        prop_assert!(count == 0 || (told & SHUTDOWN_SEND == 0 && said > 0));
+                        connection.on_sent(count);
+                    }
+                    Happening::Forward => connection.on_forwarded(connection.from_guest.held()),
+                    Happening::HostSentAll => connection.on_host_sent_all(now),
+                    Happening::HostGone => connection.on_host_stops_receiving(now),
+                    Happening::Wait(seconds) => {
+                        now += Duration::from_secs(seconds.into());
+                        connection.on_deadline(now);
+                    }
+                }
+                let over = |state| matches!(state, State::Over(_));
+                prop_assert!(!over(before) || connection.state() == before);
+                prop_assert!(!over(connection.state()) || (!connection.has_control() && connection.room() == 0));
+                let owed = matches!(connection.state(), State::Requested(_) | State::Closing(_));
+                prop_assert_eq!(connection.deadline().is_some(), owed);
+            }
+        }
+    }
+}
