@@ -1,12 +1,54 @@
 //! The OCI runtime specification of a container, from its manifest and image.
+//!
+//! Only the parts that are the supervisor's to say: see `CreateContainerRequest` of
+//! the agent's protocol for the others.
+
+mod capabilities;
+mod expand;
+mod mounts;
+mod process;
+mod resources;
+mod seccomp;
+mod sizing;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::Container;
-use oci_spec::runtime::Spec;
+use oci_spec::OciSpecError;
+use oci_spec::runtime::{LinuxBuilder, RootBuilder, Spec, SpecBuilder};
 
 use crate::images::Image;
 use crate::manifest::PodManifest;
+
+pub use sizing::{MachineSize, machine_size};
+
+/// Paths that would show a container things of its kernel that are none of its
+/// business; the same as containerd's.
+const MASKED_PATHS: &[&str] = &[
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+];
+const READ_ONLY_PATHS: &[&str] = &[
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+];
+/// A hostname's longest (HOST_NAME_MAX less what DNS can't have).
+const MAX_HOSTNAME: usize = 63;
 
 /// What the agent is told of a container, but for its streams and its root.
 #[derive(Debug, Clone)]
@@ -23,6 +65,8 @@ pub struct ContainerSpec {
     pub stdin: bool,
     /// Close standard input after the first attached client has gone.
     pub stdin_once: bool,
+    /// The signal that asks it to end: the image's, or SIGTERM.
+    pub stop_signal: u32,
 }
 
 /// What the agent is told of the pod as a whole.
@@ -35,18 +79,13 @@ pub struct InfraSpec {
     pub shm_bytes: u64,
 }
 
-/// The machine for a pod.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MachineSize {
-    pub vcpus: u8,
-    pub memory_mib: u64,
-}
-
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
-    /// A fault that shows only with the image at hand, with field and value.
+    /// A fault that shows only with the image at hand, with file, field and value.
     #[error("{0}")]
     Refused(String),
+    #[error("making the container's specification")]
+    Spec(#[from] OciSpecError),
 }
 
 /// The specification of one container (an init container, too). `uid` is the pod's
@@ -61,29 +100,124 @@ pub fn container(
     image: &Image,
     uid: &str,
 ) -> Result<ContainerSpec, SpecError> {
-    let _ = (manifest, container, image, uid);
-    Err(SpecError::Refused(String::new()))
+    let refused = |field: &str, message: String| {
+        let place = field_of(manifest, container);
+        SpecError::Refused(format!("{}: {place}.{field}: {message}", manifest.source))
+    };
+    let config = image.config.config().as_ref();
+    let env = process::Environment::new(manifest, container, config, uid);
+    let args = process::args(container, config, &env).ok_or_else(|| {
+        refused(
+            "command",
+            format!(
+                "is missing, and image {} has no command either",
+                image.reference
+            ),
+        )
+    })?;
+    let user = process::user(manifest, container, config)
+        .map_err(|message| refused("securityContext.runAsNonRoot", message))?;
+    let mounts = mounts::of(manifest, container, &env).map_err(|(index, message)| {
+        refused(&format!("volumeMounts[{index}].subPathExpr"), message)
+    })?;
+    let capabilities = capabilities::of(container);
+    let context = container.security_context.as_ref();
+    let mut process = process::base(
+        args,
+        env.into_list(),
+        process::working_dir(container, config),
+    )?;
+    process.set_no_new_privileges(Some(
+        context.and_then(|context| context.allow_privilege_escalation) == Some(false),
+    ));
+    process.set_oom_score_adj(Some(resources::oom_score_adj(manifest, container)));
+    let profile = seccomp::profile(manifest, container, &capabilities)?;
+    process.set_capabilities(Some(capabilities::sets(&capabilities)?));
+    let paths = |list: &[&str]| {
+        list.iter()
+            .map(|path| (*path).to_owned())
+            .collect::<Vec<_>>()
+    };
+    let mut linux = LinuxBuilder::default()
+        .resources(resources::of(container)?)
+        .masked_paths(paths(MASKED_PATHS))
+        .readonly_paths(paths(READ_ONLY_PATHS))
+        .build()?;
+    // The builder's default has some; they are the agent's to set.
+    linux.set_namespaces(None).set_seccomp(profile);
+    let read_only = context.and_then(|context| context.read_only_root_filesystem) == Some(true);
+    let mut spec = SpecBuilder::default()
+        .version("1.0.2")
+        .root(
+            RootBuilder::default()
+                .path("rootfs")
+                .readonly(read_only)
+                .build()?,
+        )
+        .process(process)
+        .mounts(mounts)
+        .linux(linux)
+        .build()?;
+    spec.set_hostname(None);
+    Ok(ContainerSpec {
+        spec,
+        user,
+        additional_gids: additional_gids(manifest),
+        tty: container.tty.unwrap_or(false),
+        stdin: container.stdin.unwrap_or(false),
+        stdin_once: container.stdin_once.unwrap_or(false),
+        stop_signal: process::stop_signal(config),
+    })
 }
 
 /// What infra is made of.
 #[must_use]
 pub fn infra(manifest: &PodManifest) -> InfraSpec {
+    let spec = manifest.spec();
+    let sysctls = spec
+        .security_context
+        .iter()
+        .flat_map(|context| context.sysctls.iter().flatten());
     InfraSpec {
-        hostname: manifest.name().to_owned(),
-        share_process_namespace: manifest.spec().share_process_namespace.unwrap_or(false),
-        sysctls: BTreeMap::new(),
+        hostname: spec
+            .hostname
+            .clone()
+            .unwrap_or_else(|| hostname_of(manifest.name())),
+        share_process_namespace: spec.share_process_namespace.unwrap_or(false),
+        sysctls: sysctls
+            .map(|sysctl| (sysctl.name.replace('/', "."), sysctl.value.clone()))
+            .collect(),
         shm_bytes: 0,
     }
 }
 
-/// The machine's size: the sum of the containers' limits and what the guest itself
-/// needs; where a container has no limit, 1024 MiB and two processors for the pod
-/// (or as many as the host has, if fewer).
-#[must_use]
-pub fn machine_size(manifest: &PodManifest) -> MachineSize {
-    let _ = manifest;
-    MachineSize {
-        vcpus: 2,
-        memory_mib: 1024,
+/// A pod's name is longer than a hostname may be.
+fn hostname_of(name: &str) -> String {
+    let cut: String = name.chars().take(MAX_HOSTNAME).collect();
+    cut.trim_end_matches(['-', '.']).to_owned()
+}
+
+fn additional_gids(manifest: &PodManifest) -> Vec<u32> {
+    let Some(context) = &manifest.spec().security_context else {
+        return Vec::new();
+    };
+    let groups = context
+        .fs_group
+        .iter()
+        .chain(context.supplemental_groups.iter().flatten());
+    groups
+        .filter_map(|group| u32::try_from(*group).ok())
+        .collect()
+}
+
+/// `spec.containers[N]`, for messages.
+fn field_of(manifest: &PodManifest, container: &Container) -> String {
+    let position = |list: &[Container]| list.iter().position(|other| other.name == container.name);
+    if let Some(index) = position(manifest.init_containers()) {
+        return format!("spec.initContainers[{index}]");
     }
+    format!(
+        "spec.containers[{}]",
+        position(manifest.containers()).unwrap_or_default()
+    )
 }

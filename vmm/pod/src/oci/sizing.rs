@@ -1,0 +1,163 @@
+//! How large a pod's machine is.
+
+use k8s_openapi::api::core::v1::Container;
+
+use super::resources::Amounts;
+use crate::manifest::PodManifest;
+
+const MIB: u64 = 1 << 20;
+/// What kernel and agent need beside the containers.
+const GUEST_MIB: u64 = 128;
+/// For all containers without a memory limit together.
+const UNLIMITED_MIB: u64 = 1024;
+/// A distribution's kernel with its initramfs doesn't start with less.
+const MIN_MIB: u64 = 256;
+const MAX_MIB: u64 = 1 << 20;
+/// Large pages of the host fit.
+const ROUND_MIB: u64 = 2;
+/// For all containers without a CPU limit together.
+const UNLIMITED_VCPUS: u64 = 2;
+const MAX_VCPUS: u64 = 64;
+
+/// The machine for a pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MachineSize {
+    pub vcpus: u8,
+    pub memory_mib: u64,
+}
+
+/// The machine's size, from what the pod's containers may use:
+///
+/// - memory: the sum of their limits and 128 MiB for the guest itself. Where a
+///   container has no limit, its request instead, and 1024 MiB on top for all such
+///   containers and the guest together; so a pod without any limit has 1024 MiB.
+///   At least 256 MiB.
+/// - processors: the sum of their limits, rounded up. Where a container has no limit,
+///   at least 2. Never more than the host has.
+///
+/// An init container runs alone: it counts where it needs more than all others.
+#[must_use]
+pub fn machine_size(manifest: &PodManifest) -> MachineSize {
+    let host = std::thread::available_parallelism().map_or(1, |count| count.get() as u64);
+    size(manifest, host)
+}
+
+fn size(manifest: &PodManifest, host_cpus: u64) -> MachineSize {
+    let mut need = Need::of(manifest.containers());
+    for container in manifest.init_containers() {
+        let alone = Need::of(std::slice::from_ref(container));
+        need.memory_mib = need.memory_mib.max(alone.memory_mib);
+        need.vcpus = need.vcpus.max(alone.vcpus);
+    }
+    let vcpus = need.vcpus.clamp(1, host_cpus.clamp(1, MAX_VCPUS));
+    MachineSize {
+        vcpus: u8::try_from(vcpus).unwrap_or(1),
+        memory_mib: need
+            .memory_mib
+            .next_multiple_of(ROUND_MIB)
+            .clamp(MIN_MIB, MAX_MIB),
+    }
+}
+
+struct Need {
+    memory_mib: u64,
+    vcpus: u64,
+}
+
+impl Need {
+    fn of(containers: &[Container]) -> Self {
+        let amounts: Vec<Amounts> = containers.iter().map(Amounts::of).collect();
+        let bytes = amounts.iter().fold(0_u64, |sum, one| {
+            sum.saturating_add(one.memory_limit.or(one.memory_request).unwrap_or(0))
+        });
+        let unlimited = amounts.iter().any(|one| one.memory_limit.is_none());
+        let extra = if unlimited { UNLIMITED_MIB } else { GUEST_MIB };
+        let millis = amounts.iter().fold(0_u64, |sum, one| {
+            sum.saturating_add(one.cpu_limit.or(one.cpu_request).unwrap_or(0))
+        });
+        let unlimited = amounts.iter().any(|one| one.cpu_limit.is_none());
+        let least = if unlimited { UNLIMITED_VCPUS } else { 1 };
+        Self {
+            // Below any overflow, and above what any machine has.
+            memory_mib: bytes.div_ceil(MIB).min(MAX_MIB) + extra,
+            vcpus: millis.div_ceil(1000).max(least),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::manifest;
+
+    fn sized(init: &[&str], containers: &[&str]) -> (u8, u64) {
+        let list = |prefix: &str, all: &[&str]| {
+            all.iter()
+                .enumerate()
+                .map(|(number, resources)| {
+                    format!("{{name: {prefix}{number}, image: x, resources: {{{resources}}}}}")
+                })
+                .collect::<Vec<_>>()
+                .join(",")
+        };
+        let text = format!(
+            "{{apiVersion: v1, kind: Pod, metadata: {{name: p}}, spec: {{initContainers: [{}], containers: [{}]}}}}",
+            list("i", init),
+            list("c", containers)
+        );
+        let manifest = manifest::parse("f", &text).unwrap().remove(0);
+        let size = size(&manifest, 8);
+        (size.vcpus, size.memory_mib)
+    }
+
+    #[test]
+    fn limits_decide() {
+        assert_eq!(
+            sized(
+                &[],
+                &[
+                    "limits: {cpu: 500m, memory: 256Mi}",
+                    "limits: {cpu: 700m, memory: 129Mi}"
+                ]
+            ),
+            (2, 514)
+        );
+        assert_eq!(sized(&[], &["limits: {cpu: 100m, memory: 16Mi}"]), (1, 256));
+    }
+
+    #[test]
+    fn without_limits_there_are_defaults() {
+        assert_eq!(sized(&[], &["", ""]), (2, 1024));
+        assert_eq!(
+            sized(&[], &["limits: {memory: 512Mi, cpu: 3}", ""]),
+            (3, 1536)
+        );
+        assert_eq!(sized(&[], &["requests: {memory: 2Gi, cpu: 4}"]), (4, 3072));
+    }
+
+    #[test]
+    fn init_containers_count_where_they_need_more() {
+        assert_eq!(
+            sized(
+                &["limits: {cpu: 4, memory: 1Gi}"],
+                &["limits: {cpu: 1, memory: 256Mi}"]
+            ),
+            (4, 1152)
+        );
+        assert_eq!(
+            sized(
+                &["limits: {cpu: 1, memory: 16Mi}"],
+                &["limits: {cpu: 1, memory: 256Mi}"]
+            ),
+            (1, 384)
+        );
+    }
+
+    #[test]
+    fn a_machine_has_bounds() {
+        assert_eq!(
+            sized(&[], &["limits: {cpu: 1000, memory: 8Ei}"]),
+            (8, MAX_MIB)
+        );
+    }
+}
