@@ -76,17 +76,22 @@ impl Client {
             .open(dir.supervisor_log())
             .map_err(ClientError::Start)?;
         let (ours, theirs) = Channel::pair().map_err(ClientError::Start)?;
-        // A group of its own from the first moment: a Ctrl-C is ours to pass on. The child is not
-        // waited for, it outlives us.
-        let _child = Command::new(program)
+        let mut command = Command::new(program);
+        command
             .args(args)
             .current_dir("/")
-            .process_group(0)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::from(log.try_clone().map_err(ClientError::Start)?))
-            .stderr(Stdio::from(log))
-            .spawn()
-            .map_err(ClientError::Start)?;
+            .stderr(Stdio::from(log));
+        // SAFETY: setsid is async-signal-safe, allocates nothing and touches no memory of ours.
+        unsafe {
+            // A session of its own from the first moment: a Ctrl-C is ours to pass on.
+            command.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from));
+        }
+        // It outlives us, so nobody waits for it here.
+        let _child = command.spawn().map_err(ClientError::Start)?;
+        // Our copy of its end of the channel goes, so that its death is seen.
+        drop(command);
         ours.send(&Request::Start, &[lock.as_fd()])?;
         Ok(Self {
             channel: AsyncChannel::new(ours).map_err(ClientError::Start)?,

@@ -427,14 +427,14 @@ impl Attendance {
         let mut code = 0;
         for pod in &self.pods {
             let Some(status) = &pod.status else {
-                eprintln!(
-                    "hull: the pod's supervisor did not begin: {}",
-                    last_line(pod.client.dir())
-                );
+                eprintln!("hull: the pod's state is gone");
                 code = 1;
                 continue;
             };
             report(status);
+            if status.reason.as_deref() == Some("SupervisorDied") {
+                eprintln!("hull: its last words: {}", last_line(pod.client.dir()));
+            }
             let pods_code = if self.detach {
                 i32::from(status.phase.ended() || has_start_error(status))
             } else {
@@ -525,7 +525,7 @@ fn has_start_error(status: &PodStatus) -> bool {
         .any(|end| end.reason == "StartError")
 }
 
-/// Of what a supervisor that did not begin has written.
+/// Of what a supervisor has written.
 fn last_line(dir: &PodDir) -> String {
     std::fs::read_to_string(dir.supervisor_log())
         .ok()

@@ -90,7 +90,7 @@ pub fn supervise(directories: &Directories, id: &PodId) -> Result<(), Supervisor
     result
 }
 
-/// Becomes a process that no terminal and no starter has a hold on, and gets the pod's lock.
+/// Takes the starter's channel, and over it the pod's lock.
 fn take_over() -> Result<(Channel, File), SupervisorError> {
     let stdin = io::stdin();
     let channel = Channel::new(
@@ -108,7 +108,6 @@ fn take_over() -> Result<(Channel, File), SupervisorError> {
             .map_or(SupervisorError::NotStarted, SupervisorError::from));
     };
     let lock = descriptors.pop().ok_or(SupervisorError::NotStarted)?;
-    rustix::process::setsid().map_err(|e| io_error("leaving the terminal")(e.into()))?;
     // Modes are meant as they are written, whatever the user's mask.
     rustix::process::umask(Mode::WGRP | Mode::WOTH);
     Ok((channel, lock.into()))
