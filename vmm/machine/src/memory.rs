@@ -1,6 +1,15 @@
 //! The guest's RAM: private anonymous memory on both sides of the gap for devices.
+//!
+//! It is never unmapped: the process is the machine, and ends with it.
 
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use std::ptr::null_mut;
+
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect};
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{
+    GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
+};
 
 use crate::layout::{HIGH_RAM_START, LOW_RAM_END};
 
@@ -9,16 +18,20 @@ pub const MIN_MIB: u64 = 64;
 /// 1 TiB.
 pub const MAX_MIB: u64 = 1 << 20;
 
+/// KVM maps the guest's memory by huge pages only where guest and host addresses are aligned alike.
+const HUGE_PAGE: usize = 2 << 20;
+
 /// Why there is no memory for the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     #[error("guest memory of {0} MiB is not within {MIN_MIB} to {MAX_MIB} MiB")]
     Size(u64),
-    #[error("mapping {mib} MiB of guest memory")]
-    Map {
-        mib: u64,
-        source: vm_memory::mmap::FromRangesError,
-    },
+    #[error("mapping {bytes} bytes of guest memory")]
+    Map { bytes: usize, source: Errno },
+    #[error("describing a piece of guest memory")]
+    Region(#[source] MmapRegionError),
+    #[error("putting the pieces of guest memory together")]
+    Pieces(#[source] GuestRegionCollectionError),
 }
 
 /// Start and size in bytes of each piece of RAM, by rising address.
@@ -48,21 +61,54 @@ pub fn ranges(memory_mib: u64) -> Result<Vec<(GuestAddress, usize)>, MemoryError
 /// # Errors
 /// When the size is out of bounds, or the host has no address space for it.
 pub fn allocate(memory_mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
-    GuestMemoryMmap::from_ranges(&ranges(memory_mib)?).map_err(|source| MemoryError::Map {
-        mib: memory_mib,
+    let regions = ranges(memory_mib)?
+        .into_iter()
+        .map(|(start, size)| {
+            GuestRegionMmap::new(map(size)?, start).ok_or(MemoryError::Size(memory_mib))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Pieces)
+}
+
+/// Maps a piece, with pages before and after that nobody can access: an access past its ends must not
+/// reach anything, should a check ever be wrong.
+fn map(size: usize) -> Result<MmapRegion, MemoryError> {
+    let failed = |source| MemoryError::Map {
+        bytes: size,
         source,
-    })
+    };
+    let reserved = size
+        .checked_add(2 * HUGE_PAGE)
+        .ok_or_else(|| failed(Errno::NOMEM))?;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a new mapping where the kernel finds room.
+    let area = unsafe { mmap_anonymous(null_mut(), reserved, ProtFlags::empty(), flags) }
+        .map_err(failed)?
+        .cast::<u8>();
+    // The next aligned address, at least a page further.
+    let start = area.wrapping_add(HUGE_PAGE - area.addr() % HUGE_PAGE);
+    let access = MprotectFlags::READ | MprotectFlags::WRITE;
+    // SAFETY: the pages lie in the mapping just made, with at most a huge page before and
+    // at least one after.
+    unsafe { mprotect(start.cast(), size, access) }.map_err(failed)?;
+    let (protection, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        flags.bits().cast_signed(),
+    );
+    // SAFETY: the pages are readable and writable, and stay mapped as long as the process lives.
+    unsafe { MmapRegion::build_raw(start, size, protection, flags) }.map_err(MemoryError::Region)
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use vm_memory::{Bytes, GuestMemory, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+    use vm_memory::{Bytes, GuestMemory, GuestMemoryRegion};
 
     use super::*;
 
-    const PAGE: usize = 4096;
-    const REGION: usize = 4 * PAGE;
+    /// A piece on each side of the gap.
+    const MIB: u64 = 3073;
+    const HIGH_RAM_END: u64 = HIGH_RAM_START + (1 << 20);
 
     #[test]
     fn a_small_machine_has_one_piece() {
@@ -90,84 +136,73 @@ mod tests {
 
     #[test]
     fn all_of_it_is_there_and_nothing_of_the_gap() {
-        let memory = allocate(3073).unwrap();
+        let memory = allocate(MIB).unwrap();
 
         assert_eq!(
             memory.iter().map(GuestMemoryRegion::len).sum::<u64>(),
-            3073 << 20
+            MIB << 20
         );
         assert!(memory.address_in_range(GuestAddress(LOW_RAM_END - 1)));
         assert!(!memory.address_in_range(GuestAddress(LOW_RAM_END)));
         assert!(!memory.address_in_range(GuestAddress(HIGH_RAM_START - 1)));
     }
 
-    /// Two small regions round the gap, each between pages that fault.
-    fn guarded() -> GuestMemoryMmap {
-        let region = |start| {
-            // SAFETY: a new mapping at an address of the kernel's choice.
-            let area = unsafe {
-                rustix::mm::mmap_anonymous(
-                    std::ptr::null_mut(),
-                    REGION + 2 * PAGE,
-                    rustix::mm::ProtFlags::empty(),
-                    rustix::mm::MapFlags::PRIVATE,
-                )
+    #[test]
+    fn nothing_next_to_a_piece_can_be_accessed() {
+        let memory = allocate(MIB).unwrap();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+
+        for region in memory.iter() {
+            let start = region.as_ptr().addr();
+            let end = start + region.size();
+            assert_eq!(start % HUGE_PAGE, 0);
+            for (range, access) in [
+                (format!("-{start:x} "), "---p"),
+                (format!("{start:x}-{end:x} "), "rw-p"),
+                (format!("{end:x}-"), "---p"),
+            ] {
+                let line = maps.lines().find(|line| line.contains(&range)).unwrap();
+                assert!(line.contains(access), "{line}");
             }
-            .unwrap();
-            let inside = area.cast::<u8>().wrapping_add(PAGE);
-            let protection = rustix::mm::MprotectFlags::READ | rustix::mm::MprotectFlags::WRITE;
-            // SAFETY: these pages lie within the mapping made above, which nobody else knows.
-            unsafe { rustix::mm::mprotect(inside.cast(), REGION, protection) }.unwrap();
-            // SAFETY: the pages are readable, writable, and stay mapped until the test's process ends.
-            let mapped = unsafe {
-                MmapRegion::build_raw(inside, REGION, libc::PROT_READ | libc::PROT_WRITE, 0)
-            }
-            .unwrap();
-            GuestRegionMmap::new(mapped, GuestAddress(start)).unwrap()
-        };
-        let low_start = LOW_RAM_END - REGION as u64;
-        GuestMemoryMmap::from_regions(vec![region(low_start), region(HIGH_RAM_START)]).unwrap()
+        }
     }
 
     /// An address within two bytes of an edge of RAM, or of the address space.
     fn edge() -> impl Strategy<Value = u64> {
-        let edges = [
-            0,
-            LOW_RAM_END - REGION as u64,
-            LOW_RAM_END,
-            HIGH_RAM_START,
-            HIGH_RAM_START + REGION as u64,
-            u64::MAX - 2,
-        ];
+        let edges = [0, LOW_RAM_END, HIGH_RAM_START, HIGH_RAM_END, u64::MAX - 2];
         (proptest::sample::select(edges.to_vec()), 0_u64..5)
             .prop_map(|(edge, offset)| edge.saturating_sub(2).saturating_add(offset))
     }
 
+    /// Next to nothing, or next to all of the high piece.
     fn length() -> impl Strategy<Value = usize> {
-        prop_oneof![0_usize..6, REGION - 3..REGION + 4]
+        prop_oneof![0_usize..6, (1_usize << 20) - 3..(1 << 20) + 4]
     }
 
     proptest! {
+        // Each maps memory for good.
+        #![proptest_config(ProptestConfig::with_cases(8))]
+
         #[test]
-        fn cve_2019_18960_an_access_is_whole_and_in_ram_or_refused(address in edge(), length in length()) {
-            let memory = guarded();
-            let inside = |start: u64| {
-                address.checked_sub(start).is_some_and(|offset| {
-                    offset.checked_add(length as u64).is_some_and(|end| end <= REGION as u64)
-                })
-            };
-            let in_ram = inside(LOW_RAM_END - REGION as u64) || inside(HIGH_RAM_START);
-            let mut data = vec![0xA5; length];
+        fn cve_2019_18960_an_access_is_whole_and_in_ram_or_refused(accesses in proptest::collection::vec((edge(), length()), 64)) {
+            let memory = allocate(MIB).unwrap();
+            for (address, length) in accesses {
+                let within = |start: u64, end: u64| {
+                    let past = address.checked_add(length as u64);
+                    address >= start && past.is_some_and(|past| past <= end)
+                };
+                // Where nothing is accessed, the address doesn't matter.
+                let fine = length == 0 || within(0, LOW_RAM_END) || within(HIGH_RAM_START, HIGH_RAM_END);
+                let mut data = vec![0xA5; length];
 
-            let written = memory.write_slice(&data, GuestAddress(address)).is_ok();
-            let read = memory.read_slice(&mut data, GuestAddress(address)).is_ok();
-            let sliced = memory.get_slice(GuestAddress(address), length).is_ok();
+                let written = memory.write_slice(&data, GuestAddress(address)).is_ok();
+                let read = memory.read_slice(&mut data, GuestAddress(address)).is_ok();
+                let sliced = length > 0 && memory.get_slice(GuestAddress(address), length).is_ok();
 
-            // Where nothing is accessed, the address doesn't matter.
-            prop_assert_eq!(written, in_ram || length == 0);
-            prop_assert_eq!(read, in_ram || length == 0);
-            prop_assert!(!sliced || in_ram || length == 0);
-            prop_assert!(sliced || !in_ram || length == 0);
+                prop_assert_eq!(written, fine);
+                prop_assert_eq!(read, fine);
+                prop_assert_eq!(sliced, fine && length > 0);
+            }
         }
     }
 }
