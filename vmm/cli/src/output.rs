@@ -90,11 +90,11 @@ fn short(duration: SignedDuration) -> String {
     let seconds = duration.as_secs().max(0);
     let (minutes, hours, days) = (seconds / 60, seconds / 3600, seconds / 86_400);
     match seconds {
-        ..120 => format!("{seconds}s"),
-        ..600 => format!("{minutes}m{}s", seconds % 60),
-        ..10_800 => format!("{minutes}m"),
-        ..28_800 => format!("{hours}h{}m", minutes % 60),
-        ..172_800 => format!("{hours}h"),
+        0..120 => format!("{seconds}s"),
+        120..600 => format!("{minutes}m{}s", seconds % 60),
+        600..10_800 => format!("{minutes}m"),
+        10_800..28_800 => format!("{hours}h{}m", minutes % 60),
+        28_800..172_800 => format!("{hours}h"),
         _ => format!("{days}d"),
     }
 }

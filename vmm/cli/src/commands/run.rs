@@ -10,9 +10,10 @@ use hull_pod::logs::{self, Follow, LogOptions};
 use hull_pod::manifest::{self, PodManifest, RestartPolicy};
 use hull_pod::oci::{self, SpecError};
 use hull_pod::state::{
-    Claim, ContainerStatus, Liveness, Phase, PodDir, PodStatus, Registry, StateError,
+    Claim, ContainerStatus, Liveness, Phase, PodDir, PodRecord, PodStatus, Registry, StateError,
 };
 use hull_pod::supervisor::Installation;
+use hull_pod::text::chain;
 use hull_pod::volumes::{self, VolumeError};
 use k8s_openapi::api::core::v1::Container;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -89,9 +90,6 @@ fn unique_names(manifests: &[PodManifest]) -> Result<(), Failure> {
 
 /// Refuses what can be known before anything is started.
 fn examine(manifest: &PodManifest, store: &Store) -> Result<(), Failure> {
-    let refused = |field: String, message: &str| {
-        Failure::Input(format!("{}: {field}{message}", manifest.source))
-    };
     let lists = [
         ("initContainers", manifest.init_containers()),
         ("containers", manifest.containers()),
@@ -102,26 +100,29 @@ fn examine(manifest: &PodManifest, store: &Store) -> Result<(), Failure> {
             let image = match store.resolve(container.image.as_deref().unwrap_or_default()) {
                 Ok(image) => image,
                 Err(error @ ImageError::NotFound(_)) => {
-                    return Err(refused(format!("{field}.image: "), &error.to_string()));
+                    return Err(Failure::Input(format!(
+                        "{}: {field}.image: {error}",
+                        manifest.source
+                    )));
                 }
                 Err(error) => return Err(error.into()),
             };
-            if let Err(SpecError::Refused(message)) =
-                oci::container(manifest, container, &image, "")
-            {
-                return Err(refused(String::new(), &message));
+            match oci::container(manifest, container, &image, "") {
+                Ok(_) => {}
+                Err(SpecError::Refused(message)) => return Err(Failure::Input(message)),
+                Err(error) => return Err(Failure::Failed(chain(&error))),
             }
         }
     }
     match volumes::check(manifest) {
         Ok(notices) => {
             for notice in notices {
-                eprintln!("hull: {}: {}", manifest.source, notice.0);
+                eprintln!("hull: {}", notice.0);
             }
             Ok(())
         }
-        Err(VolumeError::Refused(message)) => Err(refused(String::new(), &message)),
-        Err(error) => Err(Failure::Failed(hull_pod::text::chain(&error))),
+        Err(VolumeError::Refused(message)) => Err(Failure::Input(message)),
+        Err(error) => Err(Failure::Failed(chain(&error))),
     }
 }
 
@@ -352,7 +353,7 @@ impl Attendance {
             News::Ended(n) => {
                 let pod = &mut self.pods[n];
                 pod.ended = true;
-                if let Ok(record) = hull_pod::state::PodRecord::read(pod.client.dir()) {
+                if let Ok(record) = PodRecord::read(pod.client.dir()) {
                     pod.status = Some(Box::new(record.status));
                 }
             }
@@ -385,7 +386,7 @@ impl Attendance {
     fn print_logs(&self, timestamps: bool) -> Result<Vec<std::thread::JoinHandle<()>>, Failure> {
         let mut wanted = Vec::new();
         for pod in &self.pods {
-            let record = hull_pod::state::PodRecord::read(pod.client.dir())?;
+            let record = PodRecord::read(pod.client.dir())?;
             for container in record.status.all_containers() {
                 let label = super::logs::label(&record, &container.name);
                 wanted.push((record.dir.clone(), container.name.clone(), label));
@@ -410,7 +411,7 @@ impl Attendance {
                     let idle = || follow_if(!reader_is_gone());
                     let followed = logs::follow(&dir, &container, options, each, idle);
                     if let Err(error) = followed {
-                        eprintln!("hull: {label}: {}", hull_pod::text::chain(&error));
+                        eprintln!("hull: {label}: {}", chain(&error));
                     }
                     if printer.finish(&label).is_err() || reader_is_gone() {
                         // The attendant may be gone as well.
@@ -449,7 +450,7 @@ impl Attendance {
         }
         if args.rm {
             for pod in &self.pods {
-                let record = hull_pod::state::PodRecord::read(pod.client.dir())?;
+                let record = PodRecord::read(pod.client.dir())?;
                 pods::wait_for_death(&record)?;
                 registry.remove(&record)?;
             }

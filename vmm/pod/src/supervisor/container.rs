@@ -18,13 +18,11 @@ use crate::images::Image;
 use crate::logs::{LogWriter, StreamName};
 use crate::manifest::RestartPolicy;
 use crate::oci::ContainerSpec;
-use crate::signal;
 use crate::state::{ContainerState, Running, Terminated, Waiting};
 use crate::supervisor::api::Size;
 use crate::text::chain;
 
 const SIGKILL: u32 = 9;
-const SIGTERM: u32 = 15;
 /// Until somebody attaches and says how large theirs is.
 const TERMINAL: Size = Size {
     columns: 80,
@@ -210,13 +208,7 @@ impl Container {
         let message = format!("stopping container {}", prepared.name);
         pod.record
             .event(EventType::Normal, "Killing", Some(&prepared.name), &message);
-        let stop_signal = prepared
-            .image
-            .config
-            .config()
-            .as_ref()
-            .and_then(|config| config.stop_signal().as_deref().and_then(signal::parse))
-            .unwrap_or(SIGTERM);
+        let stop_signal = prepared.spec.stop_signal;
         // A process that has just ended is what is wanted: then `wait` tells.
         let _ = pod.agent.signal(process, stop_signal, false).await;
         tokio::select! {
