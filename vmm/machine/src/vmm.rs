@@ -140,24 +140,8 @@ impl Machine {
         let mmio64_start = place_mmio64(&vm, &memory)?;
 
         let platform = Arc::new(KvmPlatform::new(Arc::clone(vm.fd())));
-        let mut pci = PciRoot::new(memory.clone(), platform);
-        pci.add_virtio(Box::new(console(config, &mut descriptors)?))?;
-        pci.add_virtio(Box::new(Rng::new()))?;
-        for block in blocks(config, &mut descriptors)? {
-            pci.add_virtio(Box::new(block))?;
-        }
-        for share in file_systems(config, &shares)? {
-            pci.add_virtio(Box::new(share))?;
-        }
-        let vsock = match &config.vsock {
-            Some(vsock) => {
-                let (device, handle) = Vsock::new(vsock.clone(), guest_connections)
-                    .map_err(device_error("virtio-vsock"))?;
-                pci.add_virtio(Box::new(device))?;
-                Some(handle)
-            }
-            None => None,
-        };
+        let pci = PciRoot::new(memory.clone(), platform);
+        let (pci, vsock) = add_devices(pci, config, &mut descriptors, &shares, guest_connections)?;
 
         let entry = load_guest(config, &mut descriptors, &memory, mmio64_start)?;
         Ok(Self {
@@ -245,6 +229,31 @@ fn place_mmio64(vm: &Vm, memory: &GuestMemoryMmap) -> Result<u64, KvmError> {
     Ok(start)
 }
 
+/// Puts the devices of a configuration on the bus, always in the same order.
+fn add_devices(
+    mut pci: PciRoot,
+    config: &MachineConfig,
+    descriptors: &mut Descriptors,
+    shares: &Shares,
+    guest_connections: GuestConnections,
+) -> Result<(PciRoot, Option<VsockHandle>), BuildError> {
+    pci.add_virtio(Box::new(console(config, descriptors)?))?;
+    pci.add_virtio(Box::new(Rng::new()))?;
+    for block in blocks(config, descriptors)? {
+        pci.add_virtio(Box::new(block))?;
+    }
+    for share in file_systems(config, shares)? {
+        pci.add_virtio(Box::new(share))?;
+    }
+    let Some(vsock) = &config.vsock else {
+        return Ok((pci, None));
+    };
+    let (device, handle) =
+        Vsock::new(vsock.clone(), guest_connections).map_err(device_error("virtio-vsock"))?;
+    pci.add_virtio(Box::new(device))?;
+    Ok((pci, Some(handle)))
+}
+
 fn console(config: &MachineConfig, descriptors: &mut Descriptors) -> Result<Console, BuildError> {
     let output = descriptors.take(config.console.output)?;
     Console::new(output).map_err(device_error("console"))
@@ -309,3 +318,6 @@ fn load_guest(
     pvh::write(memory, &config.cmdline, initramfs, rsdp)?;
     Ok(kernel.entry)
 }
+
+#[cfg(test)]
+mod tests;

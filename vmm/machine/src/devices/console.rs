@@ -43,6 +43,19 @@ impl Console {
             worker: None,
         })
     }
+
+    pub(super) fn transmit(&self, activation: Activation) -> io::Result<Transmit> {
+        let Activation { memory, queues, .. } = activation;
+        let transmit = queues
+            .into_iter()
+            .find(|queue| queue.index == OUTPUT)
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(Transmit {
+            memory,
+            transmit,
+            output: self.output.clone(),
+        })
+    }
 }
 
 impl VirtioDevice for Console {
@@ -62,20 +75,8 @@ impl VirtioDevice for Console {
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        let Activation { memory, queues, .. } = activation;
-        let transmit = queues
-            .into_iter()
-            .find(|queue| queue.index == OUTPUT)
-            .ok_or(io::ErrorKind::InvalidInput)?;
-        let output = self.output.clone();
-        self.worker = Some(Worker::start(
-            "console",
-            Transmit {
-                memory,
-                transmit,
-                output,
-            },
-        )?);
+        let transmit = self.transmit(activation)?;
+        self.worker = Some(Worker::start("console", transmit)?);
         Ok(())
     }
 
@@ -84,8 +85,9 @@ impl VirtioDevice for Console {
     }
 }
 
+/// Writes what the guest says, on the device's thread.
 #[derive(Debug)]
-struct Transmit {
+pub(super) struct Transmit {
     memory: GuestMemoryMmap,
     transmit: ActiveQueue,
     output: Arc<OwnedFd>,

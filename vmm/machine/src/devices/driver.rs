@@ -15,8 +15,8 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 /// The one queue that has requests in it. (The crate's mock starts anew each time it is made.)
 const QUEUE_SIZE: u16 = 64;
-const DESCRIPTORS: u32 = 0x1000;
-const AVAILABLE: u32 = 0x2000;
+pub const DESCRIPTORS: u32 = 0x1000;
+pub const AVAILABLE: u32 = 0x2000;
 const USED: u32 = 0x3000;
 
 /// A buffer of the driver's request.
@@ -111,16 +111,34 @@ impl Driver {
                 .write_obj(RawDescriptor::from(descriptor), GuestAddress(at))
                 .unwrap();
         }
+        self.publish();
+    }
+
+    /// Makes the last request available again, and kicks, if the ring has room.
+    pub fn offer_again(&self) {
+        let offered = self.offered.load(Ordering::SeqCst);
+        if offered.wrapping_sub(self.used_count()) < QUEUE_SIZE {
+            self.publish();
+            self.kick();
+        }
+    }
+
+    fn publish(&self) {
         // Every entry of the ring is 0, as memory was from the start.
-        let offered = self.offered.fetch_add(1, Ordering::SeqCst) + 1;
+        let offered = self.offered.fetch_add(1, Ordering::SeqCst).wrapping_add(1);
         self.write(u64::from(AVAILABLE) + 2, &offered.to_le_bytes());
+    }
+
+    /// How many requests the device has used, modulo 2^16.
+    pub fn used_count(&self) -> u16 {
+        let index = self.read(u64::from(USED) + 2, 2);
+        u16::from_le_bytes([index[0], index[1]])
     }
 
     /// Head and length of everything that the device has used.
     pub fn used(&self) -> Vec<(u32, u32)> {
         let word = |at: u64| u32::from_le_bytes(self.read(at, 4).try_into().unwrap());
-        let count = u64::from(word(u64::from(USED)) >> 16);
-        (0..count)
+        (0..u64::from(self.used_count()))
             .map(|index| u64::from(USED) + 4 + 8 * index)
             .map(|at| (word(at), word(at + 4)))
             .collect()

@@ -7,6 +7,8 @@ mod driver;
 #[cfg(test)]
 mod driver_queue;
 pub mod fs;
+#[cfg(test)]
+mod hostile;
 pub mod rng;
 pub mod vsock;
 pub mod worker;

@@ -47,12 +47,7 @@ impl VirtioDevice for Rng {
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        let Activation { memory, queues, .. } = activation;
-        let requests = queues
-            .into_iter()
-            .next()
-            .ok_or(io::ErrorKind::InvalidInput)?;
-        self.worker = Some(Worker::start("rng", Requests { memory, requests })?);
+        self.worker = Some(Worker::start("rng", Requests::new(activation)?)?);
         Ok(())
     }
 
@@ -61,10 +56,22 @@ impl VirtioDevice for Rng {
     }
 }
 
+/// Answers requests, on the device's thread.
 #[derive(Debug)]
-struct Requests {
+pub(super) struct Requests {
     memory: GuestMemoryMmap,
     requests: ActiveQueue,
+}
+
+impl Requests {
+    pub(super) fn new(activation: Activation) -> io::Result<Self> {
+        let Activation { memory, queues, .. } = activation;
+        let requests = queues
+            .into_iter()
+            .next()
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(Self { memory, requests })
+    }
 }
 
 impl Handler for Requests {

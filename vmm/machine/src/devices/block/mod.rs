@@ -74,6 +74,22 @@ impl Block {
             worker: None,
         })
     }
+
+    pub(super) fn requests(&self, activation: Activation) -> io::Result<Requests> {
+        let requests = activation
+            .queues
+            .into_iter()
+            .next()
+            .ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(Requests {
+            memory: activation.memory,
+            requests,
+            // A driver that can't flush expects writes to last (section 5.2.6.2).
+            write_through: activation.features & FLUSH == 0,
+            disk: self.disk.clone(),
+            id: self.id,
+        })
+    }
 }
 
 fn config(sectors: u64) -> [u8; CONFIG_SIZE] {
@@ -125,22 +141,8 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        let requests = activation
-            .queues
-            .into_iter()
-            .next()
-            .ok_or(io::ErrorKind::InvalidInput)?;
-        self.worker = Some(Worker::start(
-            "block",
-            Requests {
-                memory: activation.memory,
-                requests,
-                // A driver that can't flush expects writes to last (section 5.2.6.2).
-                write_through: activation.features & FLUSH == 0,
-                disk: self.disk.clone(),
-                id: self.id,
-            },
-        )?);
+        let requests = self.requests(activation)?;
+        self.worker = Some(Worker::start("block", requests)?);
         Ok(())
     }
 
@@ -151,7 +153,7 @@ impl VirtioDevice for Block {
 
 /// Answers one request after the other, synchronously: when the worker has ended no I/O is under way.
 #[derive(Debug)]
-struct Requests {
+pub(super) struct Requests {
     memory: GuestMemoryMmap,
     requests: ActiveQueue,
     write_through: bool,
