@@ -366,9 +366,17 @@ fn receive(socket: BorrowedFd<'_>) -> io::Result<Packet> {
     let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut iov = [IoSliceMut::new(&mut bytes)];
-    let received = rustix::io::retry_on_intr(|| {
-        rustix::net::recvmsg(socket, &mut iov, &mut control, RecvFlags::CMSG_CLOEXEC)
-    })?;
+    let mut receive = || {
+        rustix::io::retry_on_intr(|| {
+            rustix::net::recvmsg(socket, &mut iov, &mut control, RecvFlags::CMSG_CLOEXEC)
+        })
+    };
+    let received = match receive() {
+        // Said once, when the peer has closed its end with messages unread, and before the
+        // messages that it has sent: those come now, or else the end.
+        Err(rustix::io::Errno::CONNRESET) => receive(),
+        received => received,
+    }?;
     let mut descriptors = Vec::new();
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(rights) = message {
@@ -461,6 +469,20 @@ mod tests {
         drop(one);
 
         assert!(other.receive::<Letter>().unwrap().is_none());
+    }
+
+    #[test]
+    fn what_a_peer_said_before_its_end_comes_although_it_did_not_listen() {
+        let (one, other) = Channel::pair().unwrap();
+        other.send(&letter("unread", 0), &[]).unwrap();
+        one.send(&letter("last words", 0), &[]).unwrap();
+
+        drop(one);
+        let (message, _) = other.receive::<Letter>().unwrap().unwrap();
+        let end = other.receive::<Letter>().unwrap();
+
+        assert_eq!(message.text, "last words");
+        assert!(end.is_none());
     }
 
     #[test]

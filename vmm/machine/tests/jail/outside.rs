@@ -20,7 +20,7 @@ use super::inmate::Deed;
 use super::supervisor::{Launched, Share, launch, launch_with};
 
 /// Generous: an emulated machine takes its time.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, MKNOD, SETFCAP (capabilities(7)).
 const FILE_SERVER: u64 = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 27 | 1 << 31;
@@ -455,7 +455,7 @@ pub fn hull_vmm_is_jailed() {
     assert_namespaces(&launched);
     assert_root(&launched);
     assert_memory(&launched);
-    let expected = ["/", "/null", "/dev/null", "anon_inode", "pipe", "socket"].map(String::from);
+    let expected = ["/", "/null", "anon_inode", "pipe", "socket"].map(String::from);
     let mut found = descriptors(&launched);
     // "anon_inode:[eventfd]", "anon_inode:kvm-vcpu:0" and so on; and what the guest has open of its share.
     found = found
