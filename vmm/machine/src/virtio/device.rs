@@ -25,7 +25,7 @@ pub trait Interrupt: Send + Sync + std::fmt::Debug {
 pub struct ActiveQueue {
     /// Its number in the device (Virtio 1.2, section 5).
     pub index: u16,
-    /// Checked (`is_valid`) against the guest's memory.
+    /// Checked: all of its parts are in RAM.
     pub queue: Queue,
     /// Readable when the driver has notified this queue (ioeventfd).
     pub kick: EventFd,
