@@ -81,7 +81,7 @@ pub struct InfraSpec {
 
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
-    /// A fault that shows only with the image at hand, with field and value.
+    /// A fault that shows only with the image at hand, with file, field and value.
     #[error("{0}")]
     Refused(String),
     #[error("making the container's specification")]
@@ -102,7 +102,7 @@ pub fn container(
 ) -> Result<ContainerSpec, SpecError> {
     let refused = |field: &str, message: String| {
         let place = field_of(manifest, container);
-        SpecError::Refused(format!("{place}.{field}: {message}"))
+        SpecError::Refused(format!("{}: {place}.{field}: {message}", manifest.source))
     };
     let config = image.config.config().as_ref();
     let env = process::Environment::new(manifest, container, config, uid);

@@ -91,7 +91,7 @@ fn nothing_to_run_is_a_fault() {
     let error = Lab::new(json!({})).spec("", "").unwrap_err().to_string();
     assert_eq!(
         error,
-        "spec.containers[0].command: is missing, and image docker.io/library/x:latest has no command either"
+        "p.yaml: spec.containers[0].command: is missing, and image docker.io/library/x:latest has no command either"
     );
 }
 
@@ -237,7 +237,7 @@ fn a_sub_path_expression_must_lead_into_the_volume() {
         );
         lab.spec(&fields, "").unwrap_err().to_string()
     };
-    let place = "spec.containers[0].volumeMounts[0].subPathExpr: ";
+    let place = "p.yaml: spec.containers[0].volumeMounts[0].subPathExpr: ";
     assert_eq!(
         fault("x", "$(Q)"),
         format!("{place}\"$(Q)\": the container has no variable Q")

@@ -37,7 +37,7 @@ pub fn check(manifest: &PodManifest) -> Result<Vec<Notice>, VolumeError> {
         let Some(source) = &volume.host_path else {
             continue;
         };
-        let field = format!("spec.volumes[{index}].hostPath");
+        let field = format!("{}: spec.volumes[{index}].hostPath", manifest.source);
         let kind = Kind::of(source);
         check_one(source, kind).map_err(|message| {
             VolumeError::Refused(format!("{field}.path: {:?}: {message}", source.path))
@@ -242,7 +242,7 @@ mod tests {
             let error = check(&pod(path, kind)).unwrap_err().to_string();
             assert_eq!(
                 error,
-                format!("spec.volumes[0].hostPath.path: {path:?}: {message}")
+                format!("p.yaml: spec.volumes[0].hostPath.path: {path:?}: {message}")
             );
         }
     }

@@ -32,7 +32,7 @@ pub struct MemoryVolume {
 
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
-    /// A fault of the manifest or of what it points to, with field and value.
+    /// A fault of the manifest or of what it points to, with file, field and value.
     #[error("{0}")]
     Refused(String),
     #[error("{doing}: {source}")]
