@@ -250,6 +250,7 @@ fn unpack_lz4_legacy(stream: &[u8], size: usize) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use vm_memory::Bytes;
 
     use super::*;
 
@@ -434,7 +435,94 @@ mod tests {
         assert_eq!(names(), kept);
     }
 
+    const LOADED_AT: u64 = 0x100_0000;
+    const CODE: &[u8] = b"what the processor runs";
+
+    /// An ELF image of a note and a segment.
+    fn vmlinux(note_name: &[u8; 4]) -> Vec<u8> {
+        let half = |image: &mut Vec<u8>, value: u16| image.extend(value.to_le_bytes());
+        let word = |image: &mut Vec<u8>, value: u32| image.extend(value.to_le_bytes());
+        let long = |image: &mut Vec<u8>, value: u64| image.extend(value.to_le_bytes());
+        let mut image = ELF_MAGIC.to_vec();
+        image.extend([2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        for value in [2, 62] {
+            half(&mut image, value);
+        }
+        word(&mut image, 1);
+        for value in [LOADED_AT, 64, 0] {
+            long(&mut image, value);
+        }
+        word(&mut image, 0);
+        for value in [64, 56, 2, 0, 0, 0] {
+            half(&mut image, value);
+        }
+        // The program headers: type, flags, offset, two addresses, two sizes, alignment.
+        let code = CODE.len() as u64;
+        for (kind, offset, address, size, in_memory) in
+            [(4, 176, 0, 20, 20), (1, 196, LOADED_AT, code, 0x1000)]
+        {
+            word(&mut image, kind);
+            word(&mut image, 5);
+            for value in [offset, address, address, size, in_memory, 1] {
+                long(&mut image, value);
+            }
+        }
+        // Name size, description size, type; XEN_ELFNOTE_PHYS32_ENTRY is 18.
+        for value in [4, 4, 18] {
+            word(&mut image, value);
+        }
+        image.extend(note_name);
+        word(&mut image, 0x100_0010);
+        image.extend(CODE);
+        image
+    }
+
+    fn load_image(image: &[u8]) -> (Result<Loaded, KernelError>, GuestMemoryMmap) {
+        let memory = crate::memory::allocate(64).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(image).unwrap();
+        (load(&memory, &mut file), memory)
+    }
+
+    #[test]
+    fn a_kernel_lies_where_it_is_linked_and_starts_where_its_note_says() {
+        let (loaded, memory) = load_image(&vmlinux(b"Xen\0"));
+
+        let mut code = vec![0; CODE.len()];
+        memory
+            .read_slice(&mut code, GuestAddress(LOADED_AT))
+            .unwrap();
+        let loaded = loaded.unwrap();
+        assert_eq!(code, CODE);
+        assert_eq!(loaded.entry, GuestAddress(0x100_0010));
+        assert_eq!(loaded.end, GuestAddress(LOADED_AT + 0x1000));
+    }
+
+    #[test]
+    fn a_kernel_without_a_pvh_note_is_refused() {
+        let (loaded, _) = load_image(&vmlinux(b"GNU\0"));
+
+        assert!(matches!(loaded, Err(KernelError::NoPvh)));
+    }
+
     proptest! {
+        /// A crafted note made the loader go round for ever.
+        #[test]
+        fn ghsa_52h2_m2cf_9jh6_a_damaged_kernel_is_loaded_or_refused_in_time(
+            damage in proptest::collection::vec((0_usize..196, any::<u8>()), 1..8),
+        ) {
+            let mut image = vmlinux(b"Xen\0");
+            for (position, value) in damage {
+                image[position] = value;
+            }
+            let start = std::time::Instant::now();
+
+            // Either is fine.
+            let _ = load_image(&image);
+
+            prop_assert!(start.elapsed() < std::time::Duration::from_secs(5));
+        }
+
         #[test]
         fn no_damage_makes_it_panic_or_grow(position in 0_usize..4000, value: u8, format in 0_usize..4) {
             let content = elf(3000);
