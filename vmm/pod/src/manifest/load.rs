@@ -124,9 +124,11 @@ fn is_pod(node: &Node, path: &FieldPath, problems: &mut Problems) -> bool {
         return false;
     }
     let before = problems.len();
-    for (field, wanted) in [("apiVersion", "v1"), ("kind", "Pod")] {
+    // Of another kind the apiVersion is another, too: one fault says it all.
+    for (field, wanted) in [("kind", "Pod"), ("apiVersion", "v1")] {
         match node.get(field).map(Node::as_str) {
             Some(Some(text)) if text == wanted => {}
+            _ if problems.len() > before => {}
             Some(_) => problems.add(path.field(field), format!("not supported; only {wanted}")),
             None => problems.add(
                 path.field(field),
