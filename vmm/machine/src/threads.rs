@@ -49,6 +49,8 @@ pub enum ConfineError {
     Nursery(#[source] io::Error),
     #[error("the process is confined already")]
     Twice,
+    #[error("the allocator can't be told to keep to one heap")]
+    Heap,
     #[error("dropping the thread's capabilities")]
     Capabilities(#[source] io::Error),
     #[error("installing the thread's seccomp filter")]
@@ -84,6 +86,7 @@ struct Order {
 /// # Errors
 /// When it can't; the process must end then.
 pub fn confine() -> Result<Unconfined, ConfineError> {
+    share_one_heap()?;
     let nursery = Nursery {
         own: seccomp::program(Scope::Nursery)?,
         vcpu: seccomp::program(Scope::Class(ThreadClass::Vcpu))?,
@@ -111,6 +114,18 @@ pub fn confine() -> Result<Unconfined, ConfineError> {
         .recv()
         .map_err(|error| ConfineError::Nursery(io::Error::other(error)))??;
     Ok(Unconfined(control))
+}
+
+/// Keeps all threads to the process's first heap.
+///
+/// glibc gives threads heaps of their own, and looks into `/proc/sys/vm/overcommit_memory` when the first of
+/// those shrinks: a call for which a filter kills.
+fn share_one_heap() -> Result<(), ConfineError> {
+    // SAFETY: it sets a number of the allocator's, before there is a second thread.
+    match unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } {
+        1 => Ok(()),
+        _ => Err(ConfineError::Heap),
+    }
 }
 
 /// Starts a named thread, drops what its class doesn't need, installs its seccomp filter, and runs `body`.

@@ -76,6 +76,10 @@ const TESTS: &[Test] = &[
     ),
     ("executable_memory_kills", outside::executable_memory_kills),
     (
+        "a_heap_that_shrinks_calls_nothing_forbidden",
+        outside::a_heap_that_shrinks_calls_nothing_forbidden,
+    ),
+    (
         "a_panic_ends_the_machine_with_its_reason",
         outside::a_panic_ends_the_machine_with_its_reason,
     ),

@@ -24,6 +24,8 @@ pub enum Deed {
     ControlOpens,
     DeviceMapsExecutable,
     DevicePanics,
+    /// Makes the heap large, and small again.
+    DeviceFreesMuch,
     /// Gives files in a directory of another owner to a third; refused if that fails.
     FileServerChowns,
     /// Refused unless `..` of `/proc/self/fd` is `/proc/self/fd` itself.
@@ -31,7 +33,7 @@ pub enum Deed {
 }
 
 impl Deed {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::VcpuAnswers,
         Self::VcpuOpens,
         Self::DeviceAnswers,
@@ -40,6 +42,7 @@ impl Deed {
         Self::ControlOpens,
         Self::DeviceMapsExecutable,
         Self::DevicePanics,
+        Self::DeviceFreesMuch,
         Self::FileServerChowns,
         Self::FileServerClimbs,
     ];
@@ -87,7 +90,8 @@ pub fn run() -> ExitCode {
                     Deed::DeviceAnswers
                     | Deed::DeviceOpens
                     | Deed::DeviceMapsExecutable
-                    | Deed::DevicePanics => &device,
+                    | Deed::DevicePanics
+                    | Deed::DeviceFreesMuch => &device,
                     Deed::ControlOpens => {
                         open();
                         continue;
@@ -141,6 +145,11 @@ fn perform(deed: Deed, proc_self_fd: Option<&OwnedFd>) -> bool {
             mapped != libc::MAP_FAILED
         }
         Deed::DevicePanics => panic!("as asked"),
+        Deed::DeviceFreesMuch => {
+            // Each below what the allocator maps on its own.
+            let much: Vec<Vec<u8>> = (0..50).map(|_| vec![1; 100_000]).collect();
+            much.iter().all(|part| part[99_999] == 1)
+        }
         Deed::FileServerChowns => {
             let file = "/shares/0/private/file";
             std::fs::write(file, "x").is_ok() && give_away(file).is_ok()

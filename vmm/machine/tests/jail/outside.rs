@@ -286,6 +286,14 @@ pub fn executable_memory_kills() {
     assert_deed_kills(Deed::DeviceAnswers, Deed::DeviceMapsExecutable);
 }
 
+pub fn a_heap_that_shrinks_calls_nothing_forbidden() {
+    let launched = launch();
+
+    let freed = attempt(&launched, Deed::DeviceFreesMuch);
+
+    assert!(freed.is_ok(), "{freed:?}");
+}
+
 pub fn a_panic_ends_the_machine_with_its_reason() {
     let launched = launch();
 

@@ -26,6 +26,10 @@
 //! and no request waits for a lock. Data written is on the host when the write returns (no writeback cache),
 //! so host and pod see the same file. A change on the host is seen after the time of the [`CachePolicy`].
 //!
+//! What differs from a local file system: a write by root of the guest takes set-id bits away, as a write by
+//! others does, because the host's kernel heeds `CAP_FSETID` only in its first user namespace; `trusted` extended
+//! attributes are refused for the same reason; and `O_TMPFILE` is not offered.
+//!
 //! # What a `FileSystem` thread needs
 //! System calls, besides those of every Rust thread (memory, futex, signals, exit, `write` to stderr):
 //! `epoll_wait`, `epoll_pwait`, `read`, `write` (eventfd), `unshare` (`CLONE_FS`, once, at its start), `umask`,
