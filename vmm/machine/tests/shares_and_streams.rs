@@ -5,7 +5,11 @@
 //! wrong. Needs root, KVM, and `HULL_GUEST_DIR` with the images that `guest-image/build` makes:
 //! `scripts/with-kvm PROGRAM`; without them it does nothing.
 
-#![expect(clippy::unwrap_used, reason = "all of it is a test")]
+#![expect(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "all of it is a test"
+)]
 
 #[path = "shares_and_streams/files.rs"]
 mod files;

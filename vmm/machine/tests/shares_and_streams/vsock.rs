@@ -76,8 +76,6 @@ pub fn accept(listener: &OwnedFd) -> io::Result<File> {
 /// Shuts the sending half.
 pub fn finish(socket: &File) {
     // SAFETY: no memory is involved.
-    assert_eq!(
-        unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_WR) },
-        0
-    );
+    let shut = unsafe { libc::shutdown(socket.as_raw_fd(), libc::SHUT_WR) };
+    assert_eq!(shut, 0);
 }
