@@ -45,8 +45,12 @@ pub fn boot() -> Result<()> {
         make_directory(&target)?;
         mount_at(source, &target, kind, flags, options)?;
     }
-    use_console();
+    let has_console = use_console();
     load_modules(Path::new("/modules"))?;
+    if !has_console {
+        // Its driver was among them. Without any the agent works all the same, only silently.
+        use_console();
+    }
     enter_root()?;
 
     for (name, kind, flags, options) in [
@@ -88,15 +92,16 @@ fn mount_at(
     mount(source, target, kind, flags, options).doing(|| format!("mounting {target}"))
 }
 
-/// Standard output goes to the console, also when the initramfs has no node for it.
-fn use_console() {
+/// Standard output goes to the console, also when the kernel could not open it for us.
+fn use_console() -> bool {
     let path = format!("{ROOT}/dev/console");
-    // Without a console the agent works all the same, only silently.
-    if let Ok(console) = File::options().read(true).write(true).open(path) {
-        let _ = rustix::stdio::dup2_stdin(&console);
-        let _ = rustix::stdio::dup2_stdout(&console);
-        let _ = rustix::stdio::dup2_stderr(&console);
-    }
+    let Ok(console) = File::options().read(true).write(true).open(path) else {
+        return false;
+    };
+    let to_console = rustix::stdio::dup2_stdin(&console)
+        .and_then(|()| rustix::stdio::dup2_stdout(&console))
+        .and_then(|()| rustix::stdio::dup2_stderr(&console));
+    to_console.is_ok()
 }
 
 /// Loads the modules that the list names, in its order.
