@@ -73,6 +73,7 @@ enum Command {
     Rmi(commands::rmi::Args),
     Check(commands::check::Args),
     Gc(commands::gc::Args),
+    Completion(commands::completion::Args),
     #[command(hide = true)]
     Supervise(commands::supervise::Args),
 }
@@ -111,6 +112,7 @@ fn main() -> ExitCode {
         Command::Rmi(args) => commands::rmi::run(&host, &args),
         Command::Check(args) => commands::check::run(&host, &args),
         Command::Gc(args) => commands::gc::run(&host, &args),
+        Command::Completion(args) => commands::completion::run(&args),
         Command::Supervise(args) => commands::supervise::run(&host, args),
     };
     match done {

@@ -1,6 +1,7 @@
 //! The commands, each in a file of its own.
 
 pub mod check;
+pub mod completion;
 pub mod events;
 pub mod exec;
 pub mod gc;
