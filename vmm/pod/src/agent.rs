@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use async_trait::async_trait;
 use hull_machine::client::{ConnectError, Machine};
 use hull_protocol::agent::{
     CreateContainerRequest, Empty, ExecRequest, HelloRequest, MemoryVolume, RemoveContainerRequest,
@@ -19,6 +20,7 @@ use hull_protocol::agent::{
 use hull_protocol::agent_ttrpc::AgentClient;
 use hull_protocol::{AGENT_PORT, STREAM_MAGIC, STREAM_PORT};
 use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
 use ttrpc::Code;
 use ttrpc::r#async::Client;
 use ttrpc::r#async::transport::Socket;
@@ -30,6 +32,9 @@ use crate::text::{cut, printable};
 
 /// A text of the agent is cut to this many bytes.
 const TEXT_MAX: usize = 1024;
+
+#[cfg(test)]
+mod hostile;
 
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
@@ -110,11 +115,26 @@ pub struct Stdio {
     request: Streams,
 }
 
+/// Makes connections to the guest's vsock ports.
+#[async_trait]
+pub trait Connect: Send + Sync {
+    /// # Errors
+    /// When the guest refuses, or has ended.
+    async fn connect(&self, port: u32) -> Result<UnixStream, ConnectError>;
+}
+
+#[async_trait]
+impl Connect for Machine {
+    async fn connect(&self, port: u32) -> Result<UnixStream, ConnectError> {
+        Machine::connect(self, port).await
+    }
+}
+
 /// A running agent.
 #[derive(Clone)]
 pub struct Agent {
     client: AgentClient,
-    machine: Arc<Machine>,
+    machine: Arc<dyn Connect>,
     next_stream: Arc<AtomicU64>,
     limit: Duration,
 }
@@ -131,7 +151,7 @@ impl Agent {
     ///
     /// # Errors
     /// When it doesn't take the connection in time.
-    pub async fn connect(machine: Arc<Machine>, limit: Duration) -> Result<Self, AgentError> {
+    pub async fn connect(machine: Arc<dyn Connect>, limit: Duration) -> Result<Self, AgentError> {
         let stream = within("Connect", limit, async {
             machine
                 .connect(AGENT_PORT)

@@ -127,7 +127,7 @@ impl Pod {
         self.record.update(|status| status.vmm_pid = pid);
 
         let alive = agent_ready(&machine, connections, limits.agent_ready).await?;
-        let agent = Agent::connect(Arc::clone(&machine), limits.call).await?;
+        let agent = Agent::connect(Arc::<Machine>::clone(&machine), limits.call).await?;
         let info = agent.hello().await?;
         self.record.update(|status| {
             status.guest_kernel = Some(info.kernel_release);

@@ -156,3 +156,101 @@ pub(super) fn refusal(error: &AgentError) -> Reply {
         message: chain(error),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::{Client, ClientError};
+    use crate::state::{Claim, ContainerStatus, Directories, Phase, Registry};
+    use crate::supervisor::api::Exec;
+
+    /// A pod whose machine is not up, and a client of it.
+    fn pod() -> (tempfile::TempDir, Arc<Service>, Client, std::fs::File) {
+        let root = tempfile::tempdir().unwrap();
+        let dirs = Directories::new(root.path().join("run"), root.path().join("data"));
+        let registry = Registry::open(dirs).unwrap();
+        let containers = vec![ContainerStatus::new("one", "busybox")];
+        let Claim { dir, status, lock } = registry
+            .claim("web", "Always", vec![], containers, None)
+            .unwrap();
+        let listener = Listener::bind(&dir.socket()).unwrap();
+        let service = Arc::new(Service {
+            record: Arc::new(Record::new(dir.clone(), status).unwrap()),
+            stop: Stop::new(Duration::from_secs(30)),
+            limits: Limits::from_environment(),
+            agent: OnceLock::new(),
+        });
+        tokio::spawn(Arc::clone(&service).listen(listener));
+        let client = Client::connect(&dir).unwrap();
+        (root, service, client, lock)
+    }
+
+    fn exec(container: &str) -> Exec {
+        Exec {
+            container: container.into(),
+            args: vec!["true".into()],
+            env: vec![],
+            cwd: None,
+            user: None,
+            stdin: false,
+            tty: None,
+        }
+    }
+
+    fn assert_not_running<T>(result: Result<T, ClientError>) {
+        assert!(matches!(
+            result,
+            Err(ClientError::Refused {
+                kind: Refusal::NotRunning,
+                ..
+            })
+        ));
+    }
+
+    #[tokio::test]
+    async fn changes_are_told_to_who_follows() {
+        let (_root, service, client, _lock) = pod();
+        client.follow().await.unwrap();
+        let first = client.changed().await.unwrap().unwrap();
+
+        service
+            .record
+            .update(|status| status.phase = Phase::Running);
+        let second = client.changed().await.unwrap().unwrap();
+
+        assert_eq!(
+            (first.phase, second.phase),
+            (Phase::Pending, Phase::Running)
+        );
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_boots_can_be_stopped() {
+        let (_root, service, client, _lock) = pod();
+
+        client.stop(Some(0)).await.unwrap();
+
+        let limit = Duration::from_secs(5);
+        tokio::time::timeout(limit, service.stop.deadline())
+            .await
+            .unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_does_not_run_takes_no_signals() {
+        let (_root, _service, client, _lock) = pod();
+
+        assert_not_running(client.kill(Target::Infra, 9).await);
+        assert_not_running(client.kill(Target::Container("one".into()), 9).await);
+        assert_not_running(client.kill(Target::Container("other".into()), 9).await);
+    }
+
+    #[tokio::test]
+    async fn nothing_is_run_in_what_does_not_run() {
+        let (_root, service, client, _lock) = pod();
+
+        assert_not_running(client.exec(exec("one")).await);
+        let other = Client::connect(service.record.dir()).unwrap();
+        assert_not_running(other.exec(exec("other")).await);
+    }
+}
