@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use rustix::fs::{CWD, Mode, OFlags, symlinkat};
+use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, mount, mount_move, mount_remount};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
@@ -70,9 +70,6 @@ pub fn boot() -> Result<()> {
     ] {
         make_directory(name)?;
         mount_at(kind, name, kind, flags, options)?;
-    }
-    for (target, name) in [("/proc/self/fd", "/dev/fd"), ("pts/ptmx", "/dev/ptmx.pts")] {
-        let _ = symlinkat(target, CWD, name);
     }
     cgroup::set_up()?;
     raise_limits()

@@ -12,7 +12,6 @@ use rustix::fs::{Gid, Mode, OFlags, Uid, fchown};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
 use rustix::termios::{Winsize, tcsetwinsize};
-use tokio::task::JoinSet;
 
 use crate::endpoint::Endpoint;
 use crate::error::{Doing, Error, Result};
@@ -174,40 +173,32 @@ impl Source {
     }
 }
 
-/// Starts copying between pipes and streams. The set ends when all output is copied.
-pub fn copy_pipes(ours: Ours, claimed: Claimed, process: &Process, until: Until) -> JoinSet<()> {
-    let mut copies = JoinSet::new();
+/// Starts copying between pipes and streams. It goes on until all is copied, also
+/// when the process is forgotten before: a slow reader loses nothing.
+pub fn copy_pipes(ours: Ours, claimed: Claimed, process: &Process, until: Until) {
     if let (Some(pipe), Some(stream)) = (ours.stdin, claimed.stdin) {
         let process = process.clone();
         // The pipe closes with its task: the process reads its end.
-        copies.spawn(async move { input(&stream, &pipe, &process).await });
+        tokio::spawn(async move { input(&stream, &pipe, &process).await });
     }
     for (pipe, stream) in [(ours.stdout, claimed.stdout), (ours.stderr, claimed.stderr)] {
         if let (Some(pipe), Some(stream)) = (pipe, stream) {
-            copies.spawn(output(Source::Pipe(pipe), stream, process.clone(), until));
+            tokio::spawn(output(Source::Pipe(pipe), stream, process.clone(), until));
         }
     }
-    copies
 }
 
 /// Starts copying between a terminal and its streams.
-pub fn copy_terminal(
-    terminal: &Arc<Terminal>,
-    claimed: Claimed,
-    process: &Process,
-    until: Until,
-) -> JoinSet<()> {
-    let mut copies = JoinSet::new();
+pub fn copy_terminal(terminal: &Arc<Terminal>, claimed: Claimed, process: &Process, until: Until) {
     if let Some(stream) = claimed.stdin {
         let terminal = Arc::clone(terminal);
         let process = process.clone();
-        copies.spawn(async move { input(&stream, &terminal.master, &process).await });
+        tokio::spawn(async move { input(&stream, &terminal.master, &process).await });
     }
     if let Some(stream) = claimed.stdout {
         let source = Source::Terminal(Arc::clone(terminal));
-        copies.spawn(output(source, stream, process.clone(), until));
+        tokio::spawn(output(source, stream, process.clone(), until));
     }
-    copies
 }
 
 async fn input(stream: &Endpoint, to: &Endpoint, process: &Process) {

@@ -7,6 +7,7 @@ use std::future::poll_fn;
 use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use hull_protocol::{AGENT_PORT, READY_PORT, STREAM_PORT};
 use tokio::io::AsyncReadExt;
@@ -57,7 +58,7 @@ async fn accept(listener: &VsockListener) -> Endpoint {
             Err(error) => {
                 tracing::warn!("accepting a connection: {error}");
                 // Out of descriptors, most likely: others must get to close theirs.
-                tokio::task::yield_now().await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     }

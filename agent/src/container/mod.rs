@@ -16,7 +16,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use oci_spec::runtime::Spec;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
 
 use self::cgroup::Cgroup;
 use crate::error::{Doing, Error, Result};
@@ -40,8 +39,6 @@ pub struct Running {
     pub process: Process,
     pub terminal: Option<Arc<Terminal>>,
     exit: watch::Receiver<Option<Exit>>,
-    /// Dropped with this, which ends the copying.
-    _copies: JoinSet<()>,
 }
 
 impl Running {
@@ -49,7 +46,6 @@ impl Running {
     pub fn new(
         process: Process,
         terminal: Option<Arc<Terminal>>,
-        copies: JoinSet<()>,
         cgroup: Arc<Cgroup>,
         is_first: bool,
     ) -> Self {
@@ -73,7 +69,6 @@ impl Running {
             process,
             terminal,
             exit,
-            _copies: copies,
         }
     }
 

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use hull_protocol::agent::Streams as StreamNumbers;
 use tokio::net::UnixListener;
-use tokio::task::JoinSet;
 
 use super::Pod;
 use crate::container::user::User;
@@ -47,7 +46,7 @@ impl Pod {
         &self,
         attached: Attached<'_>,
         request: impl FnOnce(Option<PathBuf>) -> Request,
-    ) -> Result<(Process, Option<Arc<Terminal>>, JoinSet<()>)> {
+    ) -> Result<(Process, Option<Arc<Terminal>>)> {
         let Attached {
             claimed,
             terminal,
@@ -58,8 +57,8 @@ impl Pod {
         if !terminal {
             let (theirs, ours) = stdio::pipes(&claimed, user.uid, user.gid)?;
             let process = helper::call(&self.reaper, &request(None), theirs.into()).await?;
-            let copies = stdio::copy_pipes(ours, claimed, &process, until);
-            return Ok((process, None, copies));
+            stdio::copy_pipes(ours, claimed, &process, until);
+            return Ok((process, None));
         }
         let listener =
             UnixListener::bind(&console).doing(|| "making the terminal's socket".into())?;
@@ -77,8 +76,8 @@ impl Pod {
                 return Err(error);
             }
         };
-        let copies = stdio::copy_terminal(&terminal, claimed, &process, until);
-        Ok((process, Some(terminal), copies))
+        stdio::copy_terminal(&terminal, claimed, &process, until);
+        Ok((process, Some(terminal)))
     }
 }
 

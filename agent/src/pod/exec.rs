@@ -80,9 +80,9 @@ impl Pod {
             user: &user,
             until: Until::Ended,
         };
-        let (process, terminal, copies) = self.run_helper(attached, exec).await?;
+        let (process, terminal) = self.run_helper(attached, exec).await?;
         let cgroup = Arc::clone(&container.cgroup);
-        Ok(Running::new(process, terminal, copies, cgroup, false))
+        Ok(Running::new(process, terminal, cgroup, false))
     }
 }
 

@@ -28,6 +28,7 @@ crate::tests!(
     no_descriptor_leaks_into_a_container,
     a_slow_reader_stops_the_writer_and_gets_all,
     output_of_a_container_ends_with_its_processes,
+    removal_does_not_cut_the_output,
     seccomp_filters_a_container_and_its_execs,
 );
 
@@ -341,6 +342,16 @@ async fn a_slow_reader_stops_the_writer_and_gets_all(world: World) {
 async fn output_of_a_container_ends_with_its_processes(world: World) {
     let (exit, out, _) = world.output("c19", &script("sleep 1000 & echo done")).await;
     assert_eq!((exit.exit_code, out.as_str()), (0, "done\n"));
+}
+
+async fn removal_does_not_cut_the_output(world: World) {
+    // Fits into pipe and socket, so that the container ends while nobody reads.
+    let stdio = world
+        .run("c21", &script("head -c 150000 /dev/zero"), false)
+        .await;
+    world.wait("c21", "").await;
+    world.remove("c21").await.unwrap();
+    assert_eq!(read_all(&stdio.stdout).await.len(), 150_000);
 }
 
 async fn seccomp_filters_a_container_and_its_execs(world: World) {
