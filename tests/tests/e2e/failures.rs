@@ -88,10 +88,10 @@ fn the_guest_kernel_panics() {
 #[test]
 fn the_agent_never_comes() {
     let hull = Hull::new();
-    // A guest whose first process is not the agent: busybox's `false`, which ends at once.
+    // A guest whose first process is not the agent: a program that wants arguments, and ends at once.
     let guest = hull.work_dir().join("guest");
     let script = format!(
-        "set -e; mkdir -p {0}/root; cd {0}; ln -s $HULL_GUEST_DIR/vmlinux vmlinux; cp $(command -v busybox) root/false; ln -s false root/init; cd root; echo init; find . | cpio -o -H newc > ../initramfs.cpio",
+        "set -e; mkdir -p {0}/root; cd {0}; ln -s $HULL_GUEST_DIR/vmlinux vmlinux; cp $(command -v hull-vmm) root/init; cd root; find . | cpio -o -H newc > ../initramfs.cpio",
         guest.display()
     );
     let made = std::process::Command::new("sh")

@@ -298,7 +298,10 @@ impl Listener {
 }
 
 /// Registers a descriptor with the running tokio runtime.
-pub(crate) fn watch(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+///
+/// # Errors
+/// When the runtime can't watch it.
+pub fn watch(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` keeps the one descriptor open as long as it lives, and
     // nobody gets it out of the `AsyncFd` without ending the registration.
     Ok(unsafe { AsyncFd::register(descriptor) }?)

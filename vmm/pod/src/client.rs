@@ -9,11 +9,20 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use hull_machine::channel::{AsyncChannel, Channel, ChannelError, SocketError};
+use std::time::Duration;
+
+use hull_machine::channel::{self, AsyncChannel, Channel, ChannelError, SocketError};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::io::unix::AsyncFd;
+use tokio::time::timeout;
 
 use crate::manifest::PodManifest;
 use crate::state::{Claim, PodDir, PodStatus, StateError, read_record, replace_file};
 use crate::supervisor::api::{Exec, Refusal, Reply, Request, Size, Target};
+
+/// From the end of a supervisor's connections to its own.
+const LAST_MOMENTS: Duration = Duration::from_secs(30);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -25,6 +34,8 @@ pub enum ClientError {
     Channel(#[from] ChannelError),
     #[error("{message}")]
     Refused { kind: Refusal, message: String },
+    #[error("watching the pod's supervisor")]
+    Process(#[source] io::Error),
     #[error("the pod has ended")]
     Ended,
     #[error("the pod's supervisor gave an answer to something else")]
@@ -40,6 +51,8 @@ pub enum ClientError {
 pub struct Client {
     channel: AsyncChannel,
     dir: PodDir,
+    /// The supervisor itself; none: it has ended already.
+    process: Option<AsyncFd<OwnedFd>>,
 }
 
 impl Client {
@@ -48,8 +61,11 @@ impl Client {
     /// # Errors
     /// When there is none.
     pub fn connect(dir: &PodDir) -> Result<Self, ClientError> {
+        let channel = AsyncChannel::connect(&dir.socket())?;
+        let pid = channel.peer().map_err(ClientError::Process)?.pid;
         Ok(Self {
-            channel: AsyncChannel::connect(&dir.socket())?,
+            process: watch_process(pid).map_err(ClientError::Process)?,
+            channel,
             dir: dir.clone(),
         })
     }
@@ -89,13 +105,15 @@ impl Client {
             command.pre_exec(|| rustix::process::setsid().map(drop).map_err(io::Error::from));
         }
         // It outlives us, so nobody waits for it here.
-        let _child = command.spawn().map_err(ClientError::Start)?;
+        let child = command.spawn().map_err(ClientError::Start)?;
         // Our copy of its end of the channel goes, so that its death is seen.
         drop(command);
+        let process = watch_process(Pid::from_child(&child)).map_err(ClientError::Process)?;
         ours.send(&Request::Start, &[lock.as_fd()])?;
         Ok(Self {
             channel: AsyncChannel::new(ours).map_err(ClientError::Start)?,
             dir,
+            process,
         })
     }
 
@@ -150,9 +168,14 @@ impl Client {
         }
     }
 
-    /// Waits for the supervisor's end.
+    /// Waits until the supervisor is gone, and with it every mount of its own.
     pub async fn ended(&self) {
         while let Ok(Some(_)) = self.channel.receive::<Reply>().await {}
+        if let Some(process) = &self.process {
+            // Readable once the process has ended (pidfd_open(2)). When it can't be watched, the end
+            // of the connection has to do.
+            let _ = timeout(LAST_MOMENTS, process.readable()).await;
+        }
     }
 
     /// Sends a signal.
@@ -197,6 +220,15 @@ impl Client {
             Some(answer) => Ok(answer),
             None => Err(ClientError::Ended),
         }
+    }
+}
+
+/// A descriptor that tells of a process's end. None: it has ended.
+fn watch_process(pid: Pid) -> io::Result<Option<AsyncFd<OwnedFd>>> {
+    match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(pidfd) => channel::watch(pidfd).map(Some),
+        Err(Errno::SRCH) => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 

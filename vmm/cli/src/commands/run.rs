@@ -473,6 +473,7 @@ async fn listen(n: usize, client: Arc<Client>, tell: mpsc::Sender<News>) {
         let news = match client.changed().await {
             Ok(Some(status)) => News::Pod(n, Box::new(status)),
             Ok(None) => {
+                client.ended().await;
                 let _ = tell.send(News::Ended(n)).await;
                 return;
             }

@@ -24,7 +24,7 @@ pub use limits::Limits;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 
 use hull_machine::channel::{AsyncChannel, Channel, ChannelError, Listener, SocketError};
@@ -78,7 +78,9 @@ fn io_error(doing: &'static str) -> impl FnOnce(io::Error) -> SupervisorError {
 /// # Errors
 /// When it can't begin. What happens to the pod after that is in its state.
 pub fn supervise(directories: &Directories, id: &PodId) -> Result<(), SupervisorError> {
-    let (channel, _lock) = take_over()?;
+    let (channel, lock) = take_over()?;
+    // Never closed: who finds the lock free finds no supervisor.
+    let _ = OwnedFd::from(lock).into_raw_fd();
     crate::volumes::enter_private_namespace().map_err(SupervisorError::Namespace)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

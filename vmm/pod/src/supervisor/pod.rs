@@ -238,7 +238,8 @@ impl Pod {
         }
     }
 
-    /// Init containers one after another, then all others; until the pod is asked to end and they have.
+    /// Init containers one after another, each to its end; then the others, each when the one before
+    /// it has been started. Until the pod is asked to end, and they have.
     async fn containers(
         &self,
         context: &Arc<PodContext>,
@@ -265,19 +266,20 @@ impl Pod {
         }
 
         let mut running = JoinSet::new();
-        let mut starts = Vec::new();
         for prepared in containers {
+            if self.stop.is_requested() {
+                break;
+            }
             let container = Container {
                 pod: Arc::clone(context),
                 prepared,
             };
             let (started, start) = oneshot::channel();
-            starts.push(start);
             running.spawn(container.run(started));
-        }
-        for start in starts {
-            // Its end without a start shows below.
-            let _ = start.await;
+            if start.await.is_err() {
+                // It has ended without a start; why shows below.
+                break;
+            }
         }
         self.record.update(|status| {
             status.phase = Phase::Running;
