@@ -55,7 +55,7 @@ fn machine(image: &Path, filter: &str) {
     let spec = MachineSpec::new(kvm, kernel, writer)
         .vcpus(2)
         .memory_mib(512)
-        .cmdline(format!("console=hvc0 loglevel=4 files={filter}"))
+        .cmdline(format!("console=hvc0 loglevel=4 panic=-1 files={filter}"))
         .initramfs(initramfs::with_init(
             image,
             &std::env::current_exe().unwrap(),
