@@ -357,7 +357,9 @@ impl Attendance {
                     pod.status = Some(Box::new(record.status));
                 }
             }
-            News::ReaderGone => self.interrupt().await?,
+            // Every printer says so, and the user may have been first.
+            News::ReaderGone if self.interrupted == 0 => self.interrupt().await?,
+            News::ReaderGone => {}
             News::Broken(error) => return Err(error.into()),
         }
         Ok(())
