@@ -12,7 +12,7 @@ fn pod(spec: &str) -> String {
 fn assert_refused(hull: &Hull, text: &str, mentions: &[&str]) {
     let path = hull.manifest("bad.yaml", text);
 
-    let output = hull.run(["run".as_ref(), path.as_os_str()]);
+    let output = hull.run(["run".as_ref(), "-d".as_ref(), path.as_os_str()]);
 
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(2), "{stderr}");
@@ -78,13 +78,6 @@ fn bad_manifests_are_refused() {
                 "  containers:\n  - {name: a, image: busybox, volumeMounts: [{name: nope, mountPath: /x}]}\n",
             ),
             &["spec.containers[0].volumeMounts[0].name", "nope"],
-        ),
-        (
-            "relative mount",
-            pod(
-                "  volumes: [{name: v, emptyDir: {}}]\n  containers:\n  - {name: a, image: busybox, volumeMounts: [{name: v, mountPath: x}]}\n",
-            ),
-            &["spec.containers[0].volumeMounts[0].mountPath"],
         ),
         (
             "climbing subPath",
