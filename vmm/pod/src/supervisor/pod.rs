@@ -30,8 +30,8 @@ use crate::state::{ContainerState, Directories, Phase, PodStatus, Terminated, re
 use crate::text::chain;
 use crate::volumes::{MemoryVolume, Share};
 
-/// So many lines of the console are kept with a failure.
-const CONSOLE_TAIL: usize = 40;
+/// So many lines of the console are kept with a failure. A panic with its call trace takes up to 80.
+const CONSOLE_TAIL: usize = 100;
 
 /// What the containers of a running pod work with.
 #[derive(Debug)]
