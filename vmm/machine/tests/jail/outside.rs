@@ -45,8 +45,19 @@ fn assert_filters(launched: &Launched) {
 
 /// Threads that serve files, and the one that makes them, have what they need of it; no other has any.
 fn assert_capabilities(launched: &Launched) {
+    let kept = |name: &str| u64::from(name.starts_with("fs") || name == "nursery") * FILE_SERVER;
+    // A thread has its name a moment before it has dropped what it was born with.
+    let settled = || {
+        let threads = launched.threads();
+        let mut threads = threads.into_iter();
+        threads.all(|(name, status)| capabilities(&status, "CapEff") == kept(&name))
+    };
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while !settled() && std::time::Instant::now() < deadline {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
     for (name, status) in launched.threads() {
-        let expected = u64::from(name.starts_with("fs") || name == "nursery") * FILE_SERVER;
+        let expected = kept(&name);
         for (set, expected) in [
             ("CapEff", expected),
             ("CapPrm", expected),
