@@ -12,6 +12,7 @@ pub struct Hull {
     run: TempDir,
     data: TempDir,
     work: TempDir,
+    guest: Option<PathBuf>,
 }
 
 impl Hull {
@@ -37,7 +38,15 @@ impl Hull {
             run: tempfile::tempdir_in("/run").expect("/run is writable"),
             data: tempfile::tempdir_in(data_root()).expect("the data directory is writable"),
             work: tempfile::tempdir().expect("a temporary directory"),
+            guest: None,
         }
+    }
+
+    /// With another guest image than that of `HULL_GUEST_DIR`.
+    #[must_use]
+    pub fn with_guest(mut self, guest: impl Into<PathBuf>) -> Self {
+        self.guest = Some(guest.into());
+        self
     }
 
     /// Where this host's pods have their state.
@@ -63,6 +72,9 @@ impl Hull {
     pub fn command<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Command {
         let mut command = command(&self.run_dir(), self.data.path());
         command.args(args).stdin(Stdio::null());
+        if let Some(guest) = &self.guest {
+            command.env("HULL_GUEST_DIR", guest);
+        }
         command
     }
 
@@ -131,11 +143,15 @@ fn command(run: &Path, data: &Path) -> Command {
 /// An image archive that `scripts/test` has made.
 #[must_use]
 pub fn image(name: &str) -> PathBuf {
-    let target = std::env::var_os("HULL_TEST_IMAGES").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/images"),
-        PathBuf::from,
-    );
-    target.join(format!("{name}.tar"))
+    target("images").join(format!("{name}.tar"))
+}
+
+/// What the project's scripts have built under this name.
+#[must_use]
+pub fn target(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../target")
+        .join(name)
 }
 
 /// # Panics

@@ -1,5 +1,7 @@
 //! Things die. What is told, and what is left.
 
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use hull_tests::hull::{Hull, assert_success};
@@ -85,25 +87,29 @@ fn the_guest_kernel_panics() {
     assert_nothing_runs(&hull);
 }
 
+/// The guest image of this host with `program` as its process 1, and the agent beside it as `/agent`.
+fn guest_of(hull: &Hull, program: &Path) -> PathBuf {
+    let guest = hull.work_dir().join("guest");
+    let script = format!(
+        "set -e; mkdir -p {0}/root; cd {0}; ln -s $HULL_GUEST_DIR/vmlinux vmlinux; cd root; cpio --quiet -id < $HULL_GUEST_DIR/initramfs.cpio; mv init agent; cp {1} init; find . | cpio --quiet -o -H newc > ../initramfs.cpio",
+        guest.display(),
+        program.display(),
+    );
+    let made = Command::new("sh").args(["-c", &script]).output().unwrap();
+    assert_success(&made, "making a guest image");
+    guest
+}
+
 #[test]
 fn the_agent_never_comes() {
     let hull = Hull::new();
-    // A guest whose first process is not the agent: a program that wants arguments, and ends at once.
-    let guest = hull.work_dir().join("guest");
-    let script = format!(
-        "set -e; mkdir -p {0}/root; cd {0}; ln -s $HULL_GUEST_DIR/vmlinux vmlinux; cp $(command -v hull-vmm) root/init; cd root; find . | cpio -o -H newc > ../initramfs.cpio",
-        guest.display()
-    );
-    let made = std::process::Command::new("sh")
-        .args(["-c", &script])
-        .output()
-        .unwrap();
-    assert_success(&made, "making a guest without an agent");
+    // A program that wants arguments, and ends at once.
+    let guest = guest_of(&hull, Path::new("$(command -v hull-vmm)"));
+    let hull = hull.with_guest(guest);
     let manifest = hull.manifest("pod.yaml", &sleepers("deaf", &[("one", "")], ""));
 
     let output = hull
         .command(["run".as_ref(), "-d".as_ref(), manifest.as_os_str()])
-        .env("HULL_GUEST_DIR", &guest)
         .env("HULL_AGENT_TIMEOUT", "20")
         .output()
         .unwrap();
@@ -113,6 +119,29 @@ fn the_agent_never_comes() {
     assert!(
         stderr.contains("Kernel panic"),
         "the console's tail is shown: {stderr}"
+    );
+    assert_nothing_runs(&hull);
+}
+
+#[test]
+fn the_agent_crashes() {
+    let hull = Hull::new();
+    let guest = guest_of(&hull, Path::new(env!("CARGO_BIN_EXE_crash-agent")));
+    let hull = hull.with_guest(guest);
+    let manifest = hull.manifest("pod.yaml", &sleepers("crash", &[("one", "")], ""));
+
+    // Whether the start is still told as a success depends on who is first.
+    let _ = hull.run(["run".as_ref(), "-d".as_ref(), manifest.as_os_str()]);
+
+    let status = || hull.json(["inspect", "crash"]).to_string();
+    eventually("the pod has failed", Duration::from_secs(3), || {
+        status().contains(r#""phase":"Failed""#).then_some(())
+    });
+    let status = status();
+    assert!(status.contains("the guest kernel panicked"), "{status}");
+    assert!(
+        status.contains("Attempted to kill init"),
+        "the console's tail: {status}"
     );
     assert_nothing_runs(&hull);
 }

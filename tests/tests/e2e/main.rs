@@ -7,6 +7,7 @@
 )]
 
 mod failures;
+mod guests;
 mod images;
 mod load;
 mod manifests;

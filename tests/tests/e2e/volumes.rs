@@ -145,6 +145,44 @@ rm -r d pipe; echo ok"#;
 }
 
 #[test]
+fn locks_hold_between_containers() {
+    let hull = Hull::new();
+    let pod = Pod::start(&hull, "volumes", &pod_with_volumes(&hull));
+    let data = hull.work_dir().join("data");
+    std::fs::copy(env!("CARGO_BIN_EXE_lock"), data.join("lock")).unwrap();
+    let _ = pod.sh(
+        "writer",
+        "touch /scratch/a/b/file; cp /data/lock /scratch/a/b/lock",
+    );
+
+    for kind in ["flock", "posix"] {
+        let holder = pod
+            .exec_command(
+                "writer",
+                &format!("exec /scratch/a/b/lock {kind} /scratch/a/b/file > /data/{kind}"),
+            )
+            .spawn()
+            .unwrap();
+        eventually("the lock is held", Duration::from_secs(5), || {
+            std::fs::read_to_string(data.join(kind))
+                .is_ok_and(|said| said == "locked\n")
+                .then_some(())
+        });
+        let attempt = || {
+            let script = format!("exec timeout 1 /inner/lock {kind} /inner/file");
+            pod.exec("reader", &script).status.code()
+        };
+
+        assert_eq!(attempt(), Some(3), "{kind}: the other container has it");
+        let _ = pod.sh("writer", "kill $(pidof lock)");
+        let status = holder.wait_with_output().unwrap().status;
+        assert!(!status.success(), "{kind}: {status}");
+        // Held until the time-out's SIGTERM.
+        assert_eq!(attempt(), Some(143), "{kind}: it is free again");
+    }
+}
+
+#[test]
 fn a_full_disk_is_the_containers_problem() {
     let hull = Hull::new();
     let small = hull.work_dir().join("data");

@@ -27,11 +27,14 @@ use crate::config::{
     BlockConfig, CachePolicy, ConsoleConfig, FdIndex, MachineConfig, ShareConfig, VsockConfig,
 };
 use crate::control::{ConnectRefused, Event, ExitReason, Request};
+use crate::warnings::WARNING_CHARS;
 
 /// Guest connections that wait for the supervisor; more are closed at once.
 const WAITING_CONNECTIONS: usize = 64;
 /// Longest reason taken from `hull-vmm`, in characters.
 const REASON_CHARS: usize = 2000;
+/// Warnings that a machine gets into the log in all its life: a guest can cause as many as it likes.
+const WARNINGS: u32 = 1000;
 
 /// A machine as the supervisor describes it, with the descriptors it hands over.
 #[derive(Debug)]
@@ -222,6 +225,7 @@ impl Machine {
             connects: Arc::clone(&connects),
             running: Some(running),
             guest_connections,
+            warnings_left: WARNINGS,
         };
         // From here on the follower reaps the process, and dropping `machine` kills it.
         tokio::spawn(follower.follow(end));
@@ -432,6 +436,7 @@ struct Follower {
     connects: Arc<Connects>,
     running: Option<oneshot::Sender<()>>,
     guest_connections: mpsc::Sender<GuestConnection>,
+    warnings_left: u32,
 }
 
 impl Follower {
@@ -480,13 +485,26 @@ impl Follower {
                         .try_send(GuestConnection { port, stream });
                 }
             }
+            Event::Warning(text) => self.log(&text),
             Event::Ended(ExitReason::Failed(text)) => {
-                return Some(ExitReason::Failed(printable(&text)));
+                return Some(ExitReason::Failed(printable(&text, REASON_CHARS)));
             }
             Event::Ended(reason) => return Some(reason),
             Event::Jailed { .. } => return Some(broken("it was jailed twice")),
         }
         None
+    }
+
+    fn log(&mut self, text: &str) {
+        let Some(left) = self.warnings_left.checked_sub(1) else {
+            return;
+        };
+        self.warnings_left = left;
+        let text = printable(text, WARNING_CHARS);
+        tracing::warn!(target: "hull-vmm", "{text}");
+        if left == 0 {
+            tracing::warn!(target: "hull-vmm", "what it says from here on is not written down");
+        }
     }
 
     async fn reap(&self) -> ExitReason {
@@ -525,9 +543,9 @@ fn broken(how: &str) -> ExitReason {
 }
 
 /// Text of `hull-vmm`, safe to show on a terminal and to keep.
-fn printable(text: &str) -> String {
+fn printable(text: &str, most: usize) -> String {
     text.chars()
-        .take(REASON_CHARS)
+        .take(most)
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect()
 }

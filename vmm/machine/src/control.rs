@@ -45,6 +45,8 @@ pub enum Event {
     },
     /// The guest connected to `port` of the host. Attached: the stream.
     GuestConnection { port: u32 },
+    /// Something is not as it should be, and the machine goes on.
+    Warning(String),
     /// The machine has ended; the process exits after this.
     Ended(ExitReason),
 }
@@ -53,7 +55,7 @@ impl Message for Event {
     fn descriptors(&self) -> usize {
         match self {
             Self::Jailed { .. } | Self::GuestConnection { .. } => 1,
-            Self::Running | Self::Connected { .. } | Self::Ended(_) => 0,
+            Self::Running | Self::Connected { .. } | Self::Warning(_) | Self::Ended(_) => 0,
         }
     }
 }

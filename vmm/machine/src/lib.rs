@@ -16,3 +16,4 @@ pub mod pci;
 pub mod threads;
 pub mod virtio;
 pub mod vmm;
+pub mod warnings;

@@ -20,6 +20,7 @@ use hull_machine::control::{Event, ExitReason, Request};
 use hull_machine::jail::{self, JailError};
 use hull_machine::threads::{self, ConfineError};
 use hull_machine::vmm::{BuildError, Descriptors, Machine, StartError};
+use hull_machine::warnings;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
 
@@ -176,6 +177,8 @@ fn serve(control: &Arc<Channel>) -> Result<Option<ExitReason>, VmmError> {
     let kept: Vec<_> = descriptors.remaining().collect();
     let shares = jail::enter(control, roots, &kept)?;
     drop(kept);
+    // This is the process's first logger, so that it can't fail.
+    let _ = warnings::send_to(Arc::clone(control));
     let main_thread = threads::confine()?;
     let mut machine = Machine::build(
         &config,
