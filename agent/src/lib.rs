@@ -9,6 +9,7 @@ pub mod endpoint;
 pub mod error;
 mod helper;
 mod message;
+mod network;
 mod pod;
 mod process;
 pub mod server;
