@@ -77,6 +77,16 @@ pub fn serve_requests() -> Result<()> {
     fs::write("/proc/sys/kernel/modprobe", HELPER).doing(|| "setting sysctl kernel.modprobe".into())
 }
 
+/// Loads what legacy iptables needs and never makes the kernel ask for: it calls a modprobe of
+/// its own, which a container has not. Tables, matches and targets the kernel asks for itself.
+pub fn load_for_iptables() {
+    for alias in ["ip_tables", "ip6_tables"] {
+        if let Err(error) = load_for(alias, Path::new(ON_DEMAND)) {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
 /// Answers one request of the kernel.
 pub fn main() -> ExitCode {
     let loaded = match std::env::args().next_back() {
