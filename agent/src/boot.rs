@@ -2,21 +2,16 @@
 
 use std::ffi::CStr;
 use std::fs::{self, File};
-use std::io::{self, Read};
-use std::os::fd::AsFd;
-use std::path::Path;
 
-use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, mount, mount_move, mount_remount};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::container::cgroup;
 use crate::error::{Doing, Error, Result};
+use crate::modules;
 
 /// The root that containers can be pivoted away from.
 const ROOT: &str = "/root";
-/// Largest list of modules, in bytes.
-const MAX_LIST: u64 = 64 * 1024;
 
 /// Makes the machine ready. The calling process is process 1, in the initramfs.
 pub fn boot() -> Result<()> {
@@ -46,12 +41,14 @@ pub fn boot() -> Result<()> {
         mount_at(source, &target, kind, flags, options)?;
     }
     let has_console = use_console();
-    load_modules(Path::new("/modules"))?;
+    modules::load_at_start()?;
     if !has_console {
         // Its driver was among them. Without any the agent works all the same, only silently.
         use_console();
     }
+    modules::keep_on_demand(ROOT)?;
     enter_root()?;
+    modules::serve_requests()?;
 
     for (name, kind, flags, options) in [
         (
@@ -99,34 +96,6 @@ fn use_console() -> bool {
         .and_then(|()| rustix::stdio::dup2_stdout(&console))
         .and_then(|()| rustix::stdio::dup2_stderr(&console));
     to_console.is_ok()
-}
-
-/// Loads the modules that the list names, in its order.
-fn load_modules(directory: &Path) -> Result<()> {
-    let list = directory.join("load");
-    let mut text = String::new();
-    match File::open(&list) {
-        Ok(file) => {
-            file.take(MAX_LIST)
-                .read_to_string(&mut text)
-                .doing(|| format!("reading {}", list.display()))?;
-        }
-        // A kernel with everything built in.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).doing(|| format!("opening {}", list.display())),
-    }
-    for name in text.lines().map(str::trim).filter(|name| !name.is_empty()) {
-        let path = directory.join(name);
-        let file = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-            .doing(|| format!("opening {}", path.display()))?;
-        match rustix::system::finit_module(file.as_fd(), c"", 0) {
-            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-            // A device that this machine does not have; what needs it will say so.
-            Err(error) => eprintln!("hull-agent: loading module {name}: {error}"),
-        }
-    }
-    // Their memory is the guest's again.
-    fs::remove_dir_all(directory).doing(|| format!("removing {}", directory.display()))
 }
 
 /// Leaves the initramfs, from which nothing can be pivoted away. It stays below, read

@@ -24,6 +24,8 @@ pub enum Error {
     TooMany { what: &'static str, limit: usize },
     #[error("stream {0} was not opened in time")]
     StreamMissing(u64),
+    #[error("nothing listens on port {port} of the pod")]
+    NothingListens { port: u16 },
     #[error("{program:?} is not in the container's file system or PATH")]
     ProgramNotFound { program: String },
     #[error("{program:?} can't be executed by the container's user")]
@@ -51,6 +53,7 @@ impl Error {
             Self::State(_) => Code::FAILED_PRECONDITION,
             Self::TooMany { .. } => Code::RESOURCE_EXHAUSTED,
             Self::StreamMissing(_) => Code::DEADLINE_EXCEEDED,
+            Self::NothingListens { .. } => Code::UNAVAILABLE,
             Self::ProgramNotExecutable { .. } => Code::PERMISSION_DENIED,
             Self::Helper { .. } | Self::Io { .. } => Code::INTERNAL,
         }

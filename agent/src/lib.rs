@@ -1,7 +1,8 @@
 //! Process 1 of the guest: infra namespaces and containers.
 //!
-//! One binary with three roles: process 1 ([`run`]), helpers that make processes
-//! ([`helper`]), and infra, which a helper becomes.
+//! One binary with four roles: process 1 ([`run`]), helpers that make processes
+//! ([`helper`]), infra, which a helper becomes, and what the kernel asks for a module
+//! ([`modules`]).
 
 mod boot;
 mod container;
@@ -9,6 +10,8 @@ pub mod endpoint;
 pub mod error;
 mod helper;
 mod message;
+mod modules;
+mod network;
 mod pod;
 mod process;
 pub mod server;
@@ -52,6 +55,9 @@ pub fn run() -> ExitCode {
 pub fn run_helper() -> Option<ExitCode> {
     let name = std::env::args_os().next()?;
     let name = Path::new(&name).file_name()?.to_str()?;
+    if name == modules::HELPER_NAME {
+        return Some(modules::main());
+    }
     helper::is_helper(name).then(helper::main)
 }
 

@@ -2,12 +2,13 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use rustix::process::{Pid, PidfdFlags, WaitOptions, pidfd_open};
+use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
@@ -42,6 +43,14 @@ impl Process {
 
     pub fn has_ended(&self) -> bool {
         self.ended.borrow().is_some()
+    }
+
+    /// Moves the calling thread into the process's network namespace.
+    pub fn enter_network(&self) -> io::Result<()> {
+        Ok(move_into_thread_name_spaces(
+            self.fd.as_fd(),
+            ThreadNameSpaceType::NETWORK,
+        )?)
     }
 
     /// Sends a signal; nothing happens if the process has ended.

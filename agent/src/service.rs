@@ -5,10 +5,10 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use hull_protocol::agent::{
-    CreateContainerRequest, CreateContainerResponse, Empty, ExecRequest, ExecResponse,
-    HelloRequest, HelloResponse, ProcessesRequest, ProcessesResponse, RemoveContainerRequest,
-    RemoveExecRequest, ResizeRequest, SignalRequest, StartContainerRequest, StartInfraRequest,
-    StartInfraResponse, WaitRequest, WaitResponse,
+    ConfigureNetworkRequest, CreateContainerRequest, CreateContainerResponse, Empty, ExecRequest,
+    ExecResponse, ForwardRequest, HelloRequest, HelloResponse, ProcessesRequest, ProcessesResponse,
+    RemoveContainerRequest, RemoveExecRequest, ResizeRequest, SignalRequest, StartContainerRequest,
+    StartInfraRequest, StartInfraResponse, WaitRequest, WaitResponse,
 };
 use hull_protocol::agent_ttrpc::Agent;
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
@@ -109,6 +109,21 @@ impl Agent for Service {
             pid,
             ..Default::default()
         })
+    }
+
+    async fn configure_network(
+        &self,
+        _: &TtrpcContext,
+        request: ConfigureNetworkRequest,
+    ) -> ttrpc::Result<Empty> {
+        let pod = Arc::clone(&self.pod);
+        finish(async move { pod.configure_network(&request).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+        self.pod.forward(&request).await?;
+        Ok(Empty::new())
     }
 
     async fn create_container(

@@ -5,8 +5,8 @@
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    Linux, LinuxBuilder, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, Mount,
-    MountBuilder, Process, RootBuilder, Spec, SpecBuilder, UserBuilder,
+    Capability, Linux, LinuxBuilder, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType,
+    Mount, MountBuilder, Process, RootBuilder, Spec, SpecBuilder, UserBuilder,
 };
 
 use super::user::User;
@@ -174,6 +174,15 @@ pub fn complete(spec: &Spec, guest: Guest<'_>) -> Result<Spec> {
     whole.set_domainname(None);
     whole.set_hooks(None);
     Ok(whole)
+}
+
+/// Whether the container's processes may have CAP_NET_ADMIN.
+pub fn may_change_network(spec: &Spec) -> bool {
+    let capabilities = spec.process().as_ref().and_then(|process| {
+        let capabilities = process.capabilities().as_ref()?;
+        capabilities.bounding().as_ref()
+    });
+    capabilities.is_some_and(|bounding| bounding.contains(&Capability::NetAdmin))
 }
 
 /// The process of a container or an exec: its user, and an environment that has what
@@ -377,6 +386,19 @@ mod tests {
             Some(["rbind".to_owned(), "nosuid".into(), "ro".into()].as_slice())
         );
         assert_eq!(shm.typ().as_deref(), Some("bind"));
+    }
+
+    #[test]
+    fn net_admin_changes_the_network() {
+        let with = |capability: &str| {
+            let json = format!(
+                r#"{{"ociVersion":"1.0.2","process":{{"cwd":"/","user":{{"uid":0,"gid":0}},
+                    "capabilities":{{"bounding":["{capability}"]}}}}}}"#
+            );
+            may_change_network(&serde_json::from_str(&json).unwrap())
+        };
+        assert!(with("CAP_NET_ADMIN"));
+        assert!(!with("CAP_NET_RAW"));
     }
 
     #[test]

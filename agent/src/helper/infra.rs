@@ -42,6 +42,19 @@ pub fn sysctl_path(name: &str) -> Option<PathBuf> {
     Some(PathBuf::from("/proc/sys").join(name.replace('.', "/")))
 }
 
+/// The interface that a sysctl belongs to, if that is not there from the beginning.
+pub fn sysctl_interface(name: &str) -> Option<&str> {
+    let mut parts = name.split('.');
+    let [net, family, group] = [parts.next()?, parts.next()?, parts.next()?];
+    let interface = parts.next()?;
+    parts.next()?;
+    let named = net == "net"
+        && matches!(family, "ipv4" | "ipv6" | "mpls")
+        && matches!(group, "conf" | "neigh")
+        && !matches!(interface, "all" | "default" | "lo");
+    named.then_some(interface)
+}
+
 /// Makes the namespaces and the process in them. Returns its number; it is a child
 /// of this helper, and the agent inherits it.
 pub fn start(infra: &Infra) -> Result<i32, String> {
@@ -128,6 +141,29 @@ fn loopback_up() -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sysctls_of_an_interface_name_it() {
+        assert_eq!(
+            sysctl_interface("net.ipv4.conf.eth0.rp_filter"),
+            Some("eth0")
+        );
+        assert_eq!(
+            sysctl_interface("net.ipv6.neigh.net1.retrans_time_ms"),
+            Some("net1")
+        );
+        for name in [
+            "net.ipv4.conf.all.forwarding",
+            "net.ipv6.conf.default.accept_ra",
+            "net.ipv4.neigh.lo.base_reachable_time",
+            "net.ipv4.conf.eth0",
+            "net.ipv4.tcp_syncookies",
+            "net.core.somaxconn",
+            "kernel.shmmax",
+        ] {
+            assert_eq!(sysctl_interface(name), None, "{name}");
+        }
+    }
 
     #[test]
     fn only_the_pods_own_sysctls_have_a_path() {

@@ -14,6 +14,7 @@ use crate::container::user::{self, User};
 use crate::container::{Container, Places, Running, Slot, check_name, devices, reserve};
 use crate::error::{Error, Result};
 use crate::helper::{self, Request};
+use crate::modules;
 use crate::stdio::{Size, Until};
 
 const MAX_CONTAINERS: usize = 256;
@@ -161,6 +162,9 @@ impl Pod {
                 mounts: wanted,
             },
         )?;
+        if spec::may_change_network(&spec) {
+            modules::load_for_iptables();
+        }
         write_json(&places.bundle.join("config.json"), &spec)?;
         let rules = spec
             .linux()

@@ -22,7 +22,9 @@ const DEFAULT_SHM: u64 = 64 * 1024 * 1024;
 impl Pod {
     /// Starts infra and mounts what the pod's containers share.
     pub async fn start_infra(self: &Arc<Self>, request: StartInfraRequest) -> Result<u32> {
-        let sysctls = check_infra(&request)?;
+        let (interface_sysctls, sysctls) = check_infra(&request)?
+            .into_iter()
+            .partition(|(name, _)| infra::sysctl_interface(name).is_some());
         if self.infra_claimed.swap(true, Ordering::AcqRel) {
             return Err(Error::State("infra was started before".into()));
         }
@@ -53,6 +55,7 @@ impl Pod {
         let infra = Infra {
             process,
             share_pids,
+            interface_sysctls,
             exit,
         };
         // The claim above makes this the only call.

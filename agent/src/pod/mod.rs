@@ -1,14 +1,16 @@
 //! The pod as the guest holds it: infra, and the containers in its namespaces.
 //!
 //! Locks guard maps only and are never held while something is waited for, so a call
-//! that hangs (a file system that does not answer, say) holds up no other.
+//! that hangs (a file system that does not answer, say) holds up no other. Only calls that
+//! change the network wait for each other.
 
 mod attach;
 mod create;
 mod exec;
 mod infra;
+mod network;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -16,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use rustix::mount::{UnmountFlags, unmount};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::container::{Container, Exit, Slot, exited, ready};
 use crate::error::{Doing, Error, Result};
@@ -37,12 +39,17 @@ pub struct Pod {
     infra: OnceLock<Infra>,
     containers: Mutex<HashMap<String, Slot<Container>>>,
     next_exec: AtomicU64,
+    /// Held by the call that changes the network.
+    network: tokio::sync::Mutex<()>,
+    forwards: Arc<Semaphore>,
 }
 
 #[derive(Debug)]
 struct Infra {
     process: Process,
     share_pids: bool,
+    /// Sysctls that can be set when their interface is there.
+    interface_sysctls: BTreeMap<String, String>,
     exit: watch::Receiver<Option<Exit>>,
 }
 
@@ -61,6 +68,8 @@ impl Pod {
             infra: OnceLock::new(),
             containers: Mutex::default(),
             next_exec: AtomicU64::new(0),
+            network: tokio::sync::Mutex::default(),
+            forwards: Arc::new(Semaphore::new(network::MAX_FORWARDS)),
         })
     }
 

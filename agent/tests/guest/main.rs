@@ -7,6 +7,7 @@
 
 mod containers;
 mod execs;
+mod network;
 mod pod;
 mod world;
 
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         // The last test ends the pod.
         let mut tests = containers::tests();
         tests.extend(execs::tests());
+        tests.extend(network::tests());
         tests.extend(pod::tests());
         for (name, test) in tests {
             if !name.contains(&filter) {

@@ -91,9 +91,12 @@ impl World {
             hostname: "pod-1".into(),
             ..Default::default()
         };
-        request
-            .sysctls
-            .insert("net.ipv4.ip_unprivileged_port_start".into(), "0".into());
+        for (name, value) in [
+            ("net.ipv4.ip_unprivileged_port_start", "0"),
+            ("net.ipv4.conf.all.forwarding", "1"),
+        ] {
+            request.sysctls.insert(name.into(), value.into());
+        }
         request
             .memory_volumes
             .push(hull_protocol::agent::MemoryVolume {
@@ -138,7 +141,7 @@ impl World {
         }
     }
 
-    async fn stream(&self) -> (Endpoint, u64) {
+    pub async fn stream(&self) -> (Endpoint, u64) {
         let number = self.next_stream.fetch_add(1, Ordering::Relaxed);
         let (ours, theirs) = socket_pair();
         self.agent.take_stream(theirs);

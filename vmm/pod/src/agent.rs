@@ -35,6 +35,7 @@ const TEXT_MAX: usize = 1024;
 
 #[cfg(test)]
 mod hostile;
+pub mod network;
 
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
