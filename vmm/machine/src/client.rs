@@ -6,14 +6,14 @@
 //! The jailed process is a child of the calling process: nobody there may wait for
 //! "any child".
 
-use std::collections::HashMap;
+mod answers;
+
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
@@ -22,11 +22,13 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use self::answers::Answers;
 use crate::channel::{self, AsyncChannel, Channel, ChannelError};
 use crate::config::{
-    BlockConfig, CachePolicy, ConsoleConfig, FdIndex, MachineConfig, ShareConfig, VsockConfig,
+    BlockConfig, CachePolicy, ConsoleConfig, FdIndex, MachineConfig, NetConfig, ShareConfig,
+    TapConfig, VsockConfig,
 };
-use crate::control::{ConnectRefused, Event, ExitReason, Request};
+use crate::control::{ConnectRefused, Event, ExitReason, PlugRefused, Request};
 use crate::warnings::WARNING_CHARS;
 
 /// Guest connections that wait for the supervisor; more are closed at once.
@@ -62,6 +64,7 @@ impl MachineSpec {
                 shares: Vec::new(),
                 blocks: Vec::new(),
                 vsock: None,
+                nets: Vec::new(),
             },
             descriptors: vec![kvm.into(), kernel.into(), console.into()],
         }
@@ -134,6 +137,17 @@ impl MachineSpec {
         self
     }
 
+    /// Adds a network interface with an MTU of 68 to 65535 bytes, after those that were added before. Without a tap
+    /// (see [`TapConfig`]) its link is down until one is plugged ([`Machine::plug_net`]).
+    #[must_use]
+    pub fn net(mut self, mac: [u8; 6], mtu: u16, tap: Option<OwnedFd>) -> Self {
+        let tap = tap.map(|tap| TapConfig {
+            queue: self.attach(tap),
+        });
+        self.config.nets.push(NetConfig { mac, mtu, tap });
+        self
+    }
+
     fn attach(&mut self, descriptor: OwnedFd) -> FdIndex {
         // More than the channel takes (and so more than fits) is refused when it is sent.
         let index = u16::try_from(self.descriptors.len()).unwrap_or(u16::MAX);
@@ -188,13 +202,29 @@ pub enum ConnectError {
     Ended(#[source] ExitReason),
 }
 
+/// Why a network interface has no tap.
+#[derive(Debug, thiserror::Error)]
+pub enum PlugError {
+    #[error("network interface {index}")]
+    Refused {
+        index: u8,
+        #[source]
+        source: PlugRefused,
+    },
+    #[error("handing a tap over to hull-vmm")]
+    Channel(#[from] ChannelError),
+    #[error("the machine has ended")]
+    Ended(#[source] ExitReason),
+}
+
 /// A running machine. Dropping it kills the machine.
 #[derive(Debug)]
 pub struct Machine {
     pid: i32,
     control: Arc<AsyncChannel>,
     process: Arc<AsyncFd<OwnedFd>>,
-    connects: Arc<Connects>,
+    connects: Arc<Answers<ConnectRefused>>,
+    plugs: Arc<Answers<PlugRefused>>,
     ended: watch::Receiver<Option<ExitReason>>,
 }
 
@@ -215,7 +245,8 @@ impl Machine {
         let (pid, process) = jailed(&mut launcher, &control, spec).await?;
         let process = Arc::new(channel::watch(process).map_err(LaunchError::Control)?);
 
-        let connects = Arc::new(Connects::default());
+        let connects = Arc::new(Answers::default());
+        let plugs = Arc::new(Answers::default());
         let (running, runs) = oneshot::channel();
         let (guest_connections, accepted) = mpsc::channel(WAITING_CONNECTIONS);
         let (end, ended) = watch::channel(None);
@@ -223,6 +254,7 @@ impl Machine {
             control: Arc::clone(&control),
             process: Arc::clone(&process),
             connects: Arc::clone(&connects),
+            plugs: Arc::clone(&plugs),
             running: Some(running),
             guest_connections,
             warnings_left: WARNINGS,
@@ -234,6 +266,7 @@ impl Machine {
             control,
             process,
             connects,
+            plugs,
             ended,
         };
 
@@ -280,6 +313,36 @@ impl Machine {
                 None => Err(ConnectError::Ended(self.wait().await)),
             },
             reason = wait_for_end(&mut ended) => Err(ConnectError::Ended(reason)),
+        }
+    }
+
+    /// Brings a network interface up with a tap (see [`TapConfig`]); `index` counts the calls of [`MachineSpec::net`]
+    /// from 0. The guest's driver is told when there is one.
+    ///
+    /// # Errors
+    /// When there is no such interface, it has a tap already, or the machine has ended.
+    pub async fn plug_net(&self, index: u8, tap: OwnedFd) -> Result<(), PlugError> {
+        let pending = self.plugs.begin();
+        let request = Request::PlugNet {
+            id: pending.id,
+            index,
+        };
+        if let Err(error) = self.control.send(&request, &[tap.as_fd()]).await {
+            return Err(match &*self.ended.borrow() {
+                Some(reason) => PlugError::Ended(reason.clone()),
+                None => error.into(),
+            });
+        }
+        drop(tap);
+
+        let mut ended = self.ended.clone();
+        tokio::select! {
+            answer = pending.answer() => match answer {
+                Some(Ok(())) => Ok(()),
+                Some(Err(source)) => Err(PlugError::Refused { index, source }),
+                None => Err(PlugError::Ended(self.wait().await)),
+            },
+            reason = wait_for_end(&mut ended) => Err(PlugError::Ended(reason)),
         }
     }
 
@@ -376,64 +439,13 @@ async fn jailed(
     }
 }
 
-/// The connections that wait for the guest's answer.
-#[derive(Debug, Default)]
-struct Connects {
-    next: AtomicU64,
-    waiting: Mutex<HashMap<u64, oneshot::Sender<Result<(), ConnectRefused>>>>,
-}
-
-impl Connects {
-    fn begin(self: &Arc<Self>) -> PendingConnect {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let (sender, receiver) = oneshot::channel();
-        self.waiting().insert(id, sender);
-        PendingConnect {
-            id,
-            connects: Arc::clone(self),
-            receiver,
-        }
-    }
-
-    /// An id that nobody waits for was given up by the caller, or made up by `hull-vmm`.
-    fn finish(&self, id: u64, result: Result<(), ConnectRefused>) {
-        if let Some(waiter) = self.waiting().remove(&id) {
-            // A caller that has just gone away drops its end of the stream as well.
-            let _ = waiter.send(result);
-        }
-    }
-
-    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<Result<(), ConnectRefused>>>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Forgets the connection when its caller goes away.
-#[derive(Debug)]
-struct PendingConnect {
-    id: u64,
-    connects: Arc<Connects>,
-    receiver: oneshot::Receiver<Result<(), ConnectRefused>>,
-}
-
-impl PendingConnect {
-    async fn answer(mut self) -> Option<Result<(), ConnectRefused>> {
-        (&mut self.receiver).await.ok()
-    }
-}
-
-impl Drop for PendingConnect {
-    fn drop(&mut self) {
-        self.connects.waiting().remove(&self.id);
-    }
-}
-
 /// Listens to one `hull-vmm` until its end.
 #[derive(Debug)]
 struct Follower {
     control: Arc<AsyncChannel>,
     process: Arc<AsyncFd<OwnedFd>>,
-    connects: Arc<Connects>,
+    connects: Arc<Answers<ConnectRefused>>,
+    plugs: Arc<Answers<PlugRefused>>,
     running: Option<oneshot::Sender<()>>,
     guest_connections: mpsc::Sender<GuestConnection>,
     warnings_left: u32,
@@ -477,6 +489,7 @@ impl Follower {
                 None => return Some(broken("it started twice")),
             },
             Event::Connected { id, result } => self.connects.finish(id, result),
+            Event::Plugged { id, result } => self.plugs.finish(id, result),
             Event::GuestConnection { port } => {
                 if let Some(stream) = descriptors.pop().and_then(|fd| stream(fd).ok()) {
                     // When the supervisor has no room or no interest, closing is the answer.

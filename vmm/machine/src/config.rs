@@ -25,13 +25,17 @@ pub struct MachineConfig {
     pub shares: Vec<ShareConfig>,
     pub blocks: Vec<BlockConfig>,
     pub vsock: Option<VsockConfig>,
+    pub nets: Vec<NetConfig>,
 }
 
 impl MachineConfig {
     /// How many descriptors the configuration names.
     pub fn descriptors(&self) -> usize {
         // /dev/kvm, the kernel and the console's output.
-        3 + usize::from(self.initramfs.is_some()) + self.shares.len() + self.blocks.len()
+        3 + usize::from(self.initramfs.is_some())
+            + self.shares.len()
+            + self.blocks.len()
+            + self.nets.iter().filter(|net| net.tap.is_some()).count()
     }
 }
 
@@ -85,4 +89,22 @@ pub struct VsockConfig {
     /// Host ports that the guest may connect to; each such connection reaches
     /// the supervisor as [`crate::control::Event::GuestConnection`].
     pub guest_ports: Vec<u32>,
+}
+
+/// A network interface (virtio-net).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NetConfig {
+    /// The interface's hardware address.
+    pub mac: [u8; 6],
+    /// Bytes of the longest packet, without Ethernet's header: 68 to 65535.
+    pub mtu: u16,
+    /// None: the link is down until a tap is plugged ([`crate::control::Request::PlugNet`]).
+    pub tap: Option<TapConfig>,
+}
+
+/// The host's end of a network interface.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TapConfig {
+    /// A tap opened with `IFF_TAP`, `IFF_NO_PI` and `IFF_VNET_HDR`, attached to its interface.
+    pub queue: FdIndex,
 }

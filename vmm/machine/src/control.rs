@@ -16,6 +16,9 @@ pub enum Request {
     /// Connect to a port in the guest. Attached: one end of a `SOCK_STREAM` pair,
     /// which becomes the connection. Answered by [`Event::Connected`].
     Connect { id: u64, port: u32 },
+    /// Bring a network interface up, by its place among [`MachineConfig::nets`].
+    /// Attached: a tap as in [`crate::config::TapConfig`]. Answered by [`Event::Plugged`].
+    PlugNet { id: u64, index: u8 },
     /// End the machine at once, as a power cut would.
     Stop,
 }
@@ -24,7 +27,7 @@ impl Message for Request {
     fn descriptors(&self) -> usize {
         match self {
             Self::Boot(config) => config.descriptors(),
-            Self::Connect { .. } => 1,
+            Self::Connect { .. } | Self::PlugNet { .. } => 1,
             Self::Stop => 0,
         }
     }
@@ -43,6 +46,11 @@ pub enum Event {
         id: u64,
         result: Result<(), ConnectRefused>,
     },
+    /// How [`Request::PlugNet`] went.
+    Plugged {
+        id: u64,
+        result: Result<(), PlugRefused>,
+    },
     /// The guest connected to `port` of the host. Attached: the stream.
     GuestConnection { port: u32 },
     /// Something is not as it should be, and the machine goes on.
@@ -55,7 +63,11 @@ impl Message for Event {
     fn descriptors(&self) -> usize {
         match self {
             Self::Jailed { .. } | Self::GuestConnection { .. } => 1,
-            Self::Running | Self::Connected { .. } | Self::Warning(_) | Self::Ended(_) => 0,
+            Self::Running
+            | Self::Connected { .. }
+            | Self::Plugged { .. }
+            | Self::Warning(_)
+            | Self::Ended(_) => 0,
         }
     }
 }
@@ -71,6 +83,17 @@ pub enum ConnectRefused {
     TimedOut,
     #[error("too many connections are open")]
     TooMany,
+}
+
+/// Why a tap was not plugged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum PlugRefused {
+    #[error("the machine has no such network interface")]
+    NoInterface,
+    #[error("the network interface has a tap already")]
+    Plugged,
+    #[error("the tap is no usable descriptor")]
+    Unusable,
 }
 
 /// Why a machine ended.

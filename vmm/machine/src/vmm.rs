@@ -20,11 +20,12 @@ use rustix::process::{Resource, getrlimit};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 use crate::boot::{acpi, kernel, pvh, reset};
-use crate::config::{BlockConfig, FdIndex, MachineConfig, ShareConfig};
-use crate::control::{ConnectRefused, ExitReason};
+use crate::config::{BlockConfig, FdIndex, MachineConfig, NetConfig, ShareConfig};
+use crate::control::{ConnectRefused, ExitReason, PlugRefused};
 use crate::devices::block::Block;
 use crate::devices::console::Console;
 use crate::devices::fs::{FileSystem, FsConfig, FsError};
+use crate::devices::net::{Net, NetError, NetHandle};
 use crate::devices::rng::Rng;
 pub use crate::devices::vsock::{Connected, GuestConnections};
 use crate::devices::vsock::{Vsock, VsockHandle};
@@ -62,6 +63,8 @@ pub enum BuildError {
     Pci(#[from] PciError),
     #[error("making the virtio-fs device")]
     FileSystem(#[from] FsError),
+    #[error("making the virtio-net device")]
+    Net(#[from] NetError),
     #[error("making the {device} device")]
     Device {
         device: &'static str,
@@ -114,6 +117,7 @@ pub struct Machine {
     ending: Ending,
     pci: Arc<PciRoot>,
     vsock: Option<VsockHandle>,
+    nets: Vec<NetHandle>,
     ready: Vec<Vcpu>,
     running: Vec<Running>,
 }
@@ -141,13 +145,15 @@ impl Machine {
 
         let platform = Arc::new(KvmPlatform::new(Arc::clone(vm.fd())));
         let pci = PciRoot::new(memory.clone(), platform);
-        let (pci, vsock) = add_devices(pci, config, &mut descriptors, &shares, guest_connections)?;
+        let (pci, handles) =
+            add_devices(pci, config, &mut descriptors, &shares, guest_connections)?;
 
         let entry = load_guest(config, &mut descriptors, &memory, mmio64_start)?;
         Ok(Self {
             ending: Ending::new().map_err(BuildError::Event)?,
             pci: Arc::new(pci),
-            vsock,
+            vsock: handles.vsock,
+            nets: handles.nets,
             ready: Vcpu::create_all(&vm, config.vcpus, entry)?,
             running: Vec::new(),
         })
@@ -176,6 +182,17 @@ impl Machine {
             Some(vsock) => vsock.connect(port, stream, connected),
             None => connected(Err(ConnectRefused::NoDriver)),
         }
+    }
+
+    /// Brings a network interface up with a tap, by its place in the configuration.
+    ///
+    /// # Errors
+    /// When there is no such interface, it has a tap, or this one is unusable.
+    pub fn plug_net(&self, index: u8, tap: OwnedFd) -> Result<(), PlugRefused> {
+        self.nets
+            .get(usize::from(index))
+            .ok_or(PlugRefused::NoInterface)?
+            .plug(tap)
     }
 
     /// Ends the machine as a power cut would. Returns at once.
@@ -229,6 +246,13 @@ fn place_mmio64(vm: &Vm, memory: &GuestMemoryMmap) -> Result<u64, KvmError> {
     Ok(start)
 }
 
+/// What the control thread asks of devices with.
+#[derive(Debug)]
+struct Handles {
+    vsock: Option<VsockHandle>,
+    nets: Vec<NetHandle>,
+}
+
 /// Puts the devices of a configuration on the bus, always in the same order.
 fn add_devices(
     mut pci: PciRoot,
@@ -236,7 +260,7 @@ fn add_devices(
     descriptors: &mut Descriptors,
     shares: &Shares,
     guest_connections: GuestConnections,
-) -> Result<(PciRoot, Option<VsockHandle>), BuildError> {
+) -> Result<(PciRoot, Handles), BuildError> {
     pci.add_virtio(Box::new(console(config, descriptors)?))?;
     pci.add_virtio(Box::new(Rng::new()))?;
     for block in blocks(config, descriptors)? {
@@ -245,13 +269,33 @@ fn add_devices(
     for share in file_systems(config, shares)? {
         pci.add_virtio(Box::new(share))?;
     }
-    let Some(vsock) = &config.vsock else {
-        return Ok((pci, None));
+    let mut handles = Handles {
+        vsock: None,
+        nets: Vec::new(),
     };
-    let (device, handle) =
-        Vsock::new(vsock.clone(), guest_connections).map_err(device_error("virtio-vsock"))?;
-    pci.add_virtio(Box::new(device))?;
-    Ok((pci, Some(handle)))
+    if let Some(vsock) = &config.vsock {
+        let (device, handle) =
+            Vsock::new(vsock.clone(), guest_connections).map_err(device_error("virtio-vsock"))?;
+        pci.add_virtio(Box::new(device))?;
+        handles.vsock = Some(handle);
+    }
+    for net in &config.nets {
+        let (device, handle) = interface(net, descriptors)?;
+        pci.add_virtio(Box::new(device))?;
+        handles.nets.push(handle);
+    }
+    Ok((pci, handles))
+}
+
+fn interface(
+    net: &NetConfig,
+    descriptors: &mut Descriptors,
+) -> Result<(Net, NetHandle), BuildError> {
+    let tap = match &net.tap {
+        Some(tap) => Some(descriptors.take(tap.queue)?),
+        None => None,
+    };
+    Ok(Net::new(net.mac, net.mtu, tap)?)
 }
 
 fn console(config: &MachineConfig, descriptors: &mut Descriptors) -> Result<Console, BuildError> {

@@ -47,6 +47,8 @@ enum VmmError {
     SecondBoot,
     #[error("a connection came without its stream")]
     NoStream,
+    #[error("a network interface came without its tap")]
+    NoTap,
     #[error("the control channel")]
     Channel(#[from] ChannelError),
     #[error(transparent)]
@@ -230,6 +232,11 @@ fn attend(control: &Arc<Channel>, machine: Machine) -> Result<Option<ExitReason>
             None => return Ok(None),
             Some((Request::Boot(_), _)) => return Err(VmmError::SecondBoot),
             Some((Request::Stop, _)) => machine.stop(),
+            Some((Request::PlugNet { id, index }, mut descriptors)) => {
+                let tap = descriptors.pop().ok_or(VmmError::NoTap)?;
+                let result = machine.plug_net(index, tap);
+                control.send(&Event::Plugged { id, result }, &[])?;
+            }
             Some((Request::Connect { id, port }, mut descriptors)) => {
                 let stream = descriptors.pop().ok_or(VmmError::NoStream)?;
                 let control = Arc::clone(control);

@@ -146,6 +146,10 @@ const DESCRIPTOR_FLAGS: &[u32] = &[
 
 const FIONBIO: u32 = 0x5421;
 
+/// `_IOW('T', 208, unsigned int)`, `_IOW('T', 216, int)`: what a tap does for the guest's driver.
+const TUNSETOFFLOAD: u32 = 0x4004_54D0;
+const TUNSETVNETHDRSZ: u32 = 0x4004_54D8;
+
 const EVENTS: &[Call] = &[
     any(libc::SYS_epoll_create1),
     any(libc::SYS_epoll_ctl),
@@ -177,7 +181,11 @@ const DEVICE: &[Call] = &[
     any(libc::SYS_recvmsg),
     any(libc::SYS_shutdown),
     one_of(libc::SYS_fcntl, 1, DESCRIPTOR_FLAGS),
-    one_of(libc::SYS_ioctl, 1, &[FIONBIO]),
+    one_of(
+        libc::SYS_ioctl,
+        1,
+        &[FIONBIO, TUNSETOFFLOAD, TUNSETVNETHDRSZ],
+    ),
 ];
 
 /// What the file server does to files, with the credentials of those who ask.

@@ -59,6 +59,11 @@ pub trait VirtioDevice: Send + std::fmt::Debug {
     /// Reads device configuration. Bytes past its end stay zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
 
+    /// How often the device has changed its configuration by itself, modulo 256.
+    fn config_changes(&self) -> u8 {
+        0
+    }
+
     /// Writes device configuration. Ignored unless a device says otherwise.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 

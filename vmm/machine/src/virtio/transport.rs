@@ -278,7 +278,11 @@ impl Transport {
     fn read_common_u8(&self, offset: u64) -> u8 {
         match offset {
             common::DEVICE_STATUS => self.status,
-            common::CONFIG_GENERATION => self.config_generation,
+            common::CONFIG_GENERATION => {
+                // Each change of either raises it (section 4.1.4.3.1).
+                self.config_generation
+                    .wrapping_add(self.device.config_changes())
+            }
             _ => 0,
         }
     }

@@ -100,7 +100,7 @@ pub fn run() -> ExitCode {
                 };
                 thread.send((id, deed)).unwrap();
             }
-            Request::Boot(_) => panic!("booted twice"),
+            Request::Boot(_) | Request::PlugNet { .. } => panic!("not for an inmate"),
         }
     }
     ExitCode::SUCCESS
