@@ -9,6 +9,8 @@
 )]
 
 mod guest;
+#[path = "devices/network.rs"]
+mod network;
 
 use std::fs::File;
 use std::io::{Read, Seek};

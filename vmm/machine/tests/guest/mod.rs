@@ -92,20 +92,38 @@ pub fn spec(
 
 /// Runs the machine to its end, or stops it when the console has said `stop_at`.
 pub fn run(spec: MachineSpec, console: File, stop_at: Option<&str>) -> (ExitReason, String) {
+    let (seen, stop) = tokio::sync::oneshot::channel();
+    let stop_at = stop_at.map(|text| (text.to_owned(), seen));
+    run_following(spec, console, stop_at, async move |machine| {
+        if stop.await.is_ok() {
+            machine.stop().await;
+        }
+    })
+}
+
+/// Runs the machine to its end; `meanwhile` is done to it at the same time.
+#[allow(dead_code, reason = "not all tests that run machines need it")]
+pub fn run_beside(
+    spec: MachineSpec,
+    console: File,
+    meanwhile: impl AsyncFnOnce(&Machine),
+) -> (ExitReason, String) {
+    run_following(spec, console, None, meanwhile)
+}
+
+fn run_following(
+    spec: MachineSpec,
+    console: File,
+    stop_at: Option<(String, Seen)>,
+    meanwhile: impl AsyncFnOnce(&Machine),
+) -> (ExitReason, String) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let binary = Path::new(env!("CARGO_BIN_EXE_hull-vmm"));
         let (machine, _) = Machine::launch(binary, spec).await.unwrap();
-        let (seen, mut stop) = tokio::sync::oneshot::channel();
-        let stop_at = stop_at.map(str::to_owned);
-        let output = tokio::task::spawn_blocking(move || follow(console, stop_at, seen));
-        let reason = tokio::select! {
-            reason = tokio::time::timeout(PATIENCE, machine.wait()) => reason.ok(),
-            Ok(()) = &mut stop => {
-                machine.stop().await;
-                tokio::time::timeout(PATIENCE, machine.wait()).await.ok()
-            }
-        };
+        let output = tokio::task::spawn_blocking(move || follow(console, stop_at));
+        let end = async { tokio::join!(machine.wait(), meanwhile(&machine)).0 };
+        let reason = tokio::time::timeout(PATIENCE, end).await.ok();
         machine.kill();
         let output = output.await.unwrap();
         print!("{output}");
@@ -113,14 +131,11 @@ pub fn run(spec: MachineSpec, console: File, stop_at: Option<&str>) -> (ExitReas
     })
 }
 
-/// All that the console says; tells `seen` when it has said `stop_at`.
-fn follow(
-    mut console: File,
-    stop_at: Option<String>,
-    seen: tokio::sync::oneshot::Sender<()>,
-) -> String {
+type Seen = tokio::sync::oneshot::Sender<()>;
+
+/// All that the console says; tells `stop_at`'s other end when it has said its text.
+fn follow(mut console: File, mut stop_at: Option<(String, Seen)>) -> String {
     let mut output = String::new();
-    let mut seen = stop_at.map(|text| (text, seen));
     let mut part = [0; 4096];
     loop {
         let count = console.read(&mut part).unwrap();
@@ -128,7 +143,7 @@ fn follow(
             return output;
         }
         output.push_str(&String::from_utf8_lossy(&part[..count]));
-        if let Some((_, seen)) = seen.take_if(|(text, _)| output.contains(text.as_str())) {
+        if let Some((_, seen)) = stop_at.take_if(|(text, _)| output.contains(text.as_str())) {
             let _ = seen.send(());
         }
     }
