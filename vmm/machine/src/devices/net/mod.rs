@@ -3,6 +3,7 @@
 //! ```text
 //! service.rs    the device's thread: the queues, the tap, and their turns
 //! receive.rs    from the tap into the driver's buffers
+//! used.rs       giving the driver its buffers back
 //! transmit.rs   from the driver's buffers into the tap
 //! header.rs     what stands before each packet, checked both ways
 //! link.rs       whether there is a tap, and who is told
@@ -22,6 +23,7 @@ mod receive;
 mod service;
 mod tap;
 mod transmit;
+mod used;
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -11,11 +11,12 @@ use vm_memory::GuestMemoryMmap;
 
 use super::header::{F_MRG_RXBUF, HEADER_SIZE, Header, LEAST_FRAME, MOST_BYTES};
 use super::tap::{self, Backend};
+use super::used::{Told, Used, give_back};
 use crate::virtio::buffers::{Buffers, Span};
 use crate::virtio::device::ActiveQueue;
 
 /// Packets moved before others have their turn.
-const MOST_PACKETS: usize = 256;
+const MOST_PACKETS: usize = 128;
 
 /// What to wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,8 +47,7 @@ pub(super) struct Receive {
     packet: Box<[u8]>,
     /// Its bytes; 0 when there is none.
     length: usize,
-    /// Buffers were given back since the driver was last told.
-    untold: bool,
+    told: Told,
 }
 
 /// A buffer of the driver's.
@@ -69,11 +69,11 @@ struct Places<'m> {
 impl Receive {
     pub(super) fn new(queue: ActiveQueue, features: u64) -> Self {
         Self {
+            told: Told::new(&queue.queue),
             queue,
             features,
             packet: vec![0; MOST_BYTES + 1].into(),
             length: 0,
-            untold: false,
         }
     }
 
@@ -91,15 +91,10 @@ impl Receive {
         tap: Option<&dyn Backend>,
     ) -> io::Result<Next> {
         let next = self.move_packets(memory, tap)?;
-        if std::mem::take(&mut self.untold) && self.needs_interrupt(memory)? {
+        if self.told.is_news(&self.queue.queue, memory)? {
             self.queue.interrupt.signal()?;
         }
         Ok(next)
-    }
-
-    fn needs_interrupt(&mut self, memory: &GuestMemoryMmap) -> io::Result<bool> {
-        let queue = &mut self.queue.queue;
-        queue.needs_notification(memory).map_err(io::Error::other)
     }
 
     fn move_packets(
@@ -154,16 +149,14 @@ impl Receive {
             return Ok(Delivery::Done);
         };
         self.packet[..HEADER_SIZE].copy_from_slice(&header.to_bytes());
-        for head in places.bad {
-            self.queue.give_back(memory, head, 0)?;
-        }
+        let mut used = empty(&places.bad);
         let mut rest = &self.packet[..self.length];
         for Place { head, room } in places.good {
             let written = room.copy_from(rest);
             rest = &rest[written..];
-            self.queue.give_back(memory, head, written)?;
+            used.push((head, u32::try_from(written).map_err(io::Error::other)?));
         }
-        self.untold = true;
+        give_back(&mut self.queue.queue, memory, &used)?;
         Ok(Delivery::Done)
     }
 
@@ -175,10 +168,7 @@ impl Receive {
         most: u16,
     ) -> io::Result<Delivery> {
         if places.good.is_empty() {
-            for head in &places.bad {
-                self.queue.give_back(memory, *head, 0)?;
-                self.untold = true;
-            }
+            give_back(&mut self.queue.queue, memory, &empty(&places.bad))?;
             return Ok(Delivery::NoRoom);
         }
         for _ in 0..places.good.len() + places.bad.len() {
@@ -193,13 +183,9 @@ impl Receive {
     }
 }
 
-impl ActiveQueue {
-    fn give_back(&mut self, memory: &GuestMemoryMmap, head: u16, written: usize) -> io::Result<()> {
-        let written = u32::try_from(written).map_err(io::Error::other)?;
-        self.queue
-            .add_used(memory, head, written)
-            .map_err(io::Error::other)
-    }
+/// Buffers with nothing in them.
+fn empty(heads: &[u16]) -> Vec<Used> {
+    heads.iter().map(|head| (*head, 0)).collect()
 }
 
 /// Takes up to `most` buffers for `length` bytes. If they are too few, the driver notifies of its next one.
