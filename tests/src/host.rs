@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use rustix::process::Signal;
+
 /// Whether a process exists and is not a zombie.
 #[must_use]
 pub fn is_alive(pid: i32) -> bool {
@@ -16,8 +18,16 @@ pub fn is_alive(pid: i32) -> bool {
 /// # Panics
 /// When there is no such process.
 pub fn kill_9(pid: i32) {
+    signal(pid, Signal::KILL);
+}
+
+/// Sends a signal.
+///
+/// # Panics
+/// When there is no such process.
+pub fn signal(pid: i32, signal: Signal) {
     let pid = rustix::process::Pid::from_raw(pid).expect("a process id");
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("the process exists");
+    rustix::process::kill_process(pid, signal).expect("the process exists");
 }
 
 /// Processes whose command line or environment names this directory.
@@ -101,16 +111,29 @@ pub fn footprint(pid: i32) -> Footprint {
     }
 }
 
-/// A line of /proc/PID/status, in KiB, for example `VmRSS` or `RssAnon`.
+/// Resident memory of a process in KiB: its own, and that of the guest in it.
 ///
 /// # Panics
-/// When the process is gone or has no such line.
+/// When the process is gone.
 #[must_use]
-pub fn status_kib(pid: i32, key: &str) -> u64 {
-    std::fs::read_to_string(format!("/proc/{pid}/status"))
-        .expect("the process exists")
-        .lines()
-        .find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))
-        .and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok())
-        .unwrap_or_else(|| panic!("{key} of {pid}"))
+pub fn resident_kib(pid: i32) -> (u64, u64) {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the process exists");
+    let (mut total, mut guest, mut size) = (0, 0, 0);
+    for line in smaps.lines() {
+        let field = |name: &str| {
+            line.strip_prefix(name)
+                .and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok())
+        };
+        if let Some(kib) = field("Size:") {
+            size = kib;
+        }
+        if let Some(kib) = field("Rss:") {
+            total += kib;
+            // Guest RAM is the only mapping of 64 MiB or more that is touched.
+            if size >= 64 * 1024 {
+                guest += kib;
+            }
+        }
+    }
+    (total - guest, guest)
 }

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use hull_tests::host;
 use hull_tests::hull::{Hull, assert_success};
 use hull_tests::pod::{Pod, sleepers};
 
@@ -202,34 +203,11 @@ fn boot(hull: &Hull) {
     );
 }
 
-/// Resident KiB of a process by mapping, without those that are `guest` sized.
-fn resident_without_guest(pid: i32) -> (u64, u64) {
-    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the process exists");
-    let (mut total, mut guest, mut size) = (0, 0, 0);
-    for line in smaps.lines() {
-        let field = |name: &str| {
-            line.strip_prefix(name)
-                .and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok())
-        };
-        if let Some(kib) = field("Size:") {
-            size = kib;
-        }
-        if let Some(kib) = field("Rss:") {
-            total += kib;
-            // Guest RAM is the only mapping of 64 MiB or more that is touched.
-            if size >= 64 * 1024 {
-                guest += kib;
-            }
-        }
-    }
-    (total - guest, guest)
-}
-
 fn memory(hull: &Hull) {
     let pod = Pod::start(hull, "idle", &sleepers("idle", &[("one", "")], ""));
     std::thread::sleep(Duration::from_secs(2));
-    let (vmm, guest) = resident_without_guest(pod.pid("vmmPid"));
-    let (supervisor, _) = resident_without_guest(pod.pid("supervisorPid"));
+    let (vmm, guest) = host::resident_kib(pod.pid("vmmPid"));
+    let (supervisor, _) = host::resident_kib(pod.pid("supervisorPid"));
     println!("Resident memory of an idle pod with one container, in KiB");
     println!(
         "  hull-vmm without guest RAM {vmm}, guest RAM touched {guest}, supervisor {supervisor}"
