@@ -6,14 +6,15 @@
 //! The jailed process is a child of the calling process: nobody there may wait for
 //! "any child".
 
-use std::collections::HashMap;
+mod answers;
+mod spec;
+
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustix::process::{Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid};
@@ -23,126 +24,19 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::channel::{self, AsyncChannel, Channel, ChannelError};
-use crate::config::{
-    BlockConfig, CachePolicy, ConsoleConfig, FdIndex, MachineConfig, ShareConfig, VsockConfig,
-};
-use crate::control::{ConnectRefused, Event, ExitReason, Request};
+use crate::control::{ConnectRefused, Event, ExitReason, PlugRefused, Request};
+use answers::Answers;
+pub use spec::{MachineSpec, NetSpec, Tap};
 
 /// Guest connections that wait for the supervisor; more are closed at once.
 const WAITING_CONNECTIONS: usize = 64;
 /// Longest reason taken from `hull-vmm`, in characters.
 const REASON_CHARS: usize = 2000;
 
-/// A machine as the supervisor describes it, with the descriptors it hands over.
-#[derive(Debug)]
-pub struct MachineSpec {
-    config: MachineConfig,
-    descriptors: Vec<OwnedFd>,
-}
-
-impl MachineSpec {
-    /// One processor and 256 MiB of memory, a kernel, and a pipe for the guest's console.
-    pub fn new(
-        kvm: impl Into<OwnedFd>,
-        kernel: impl Into<OwnedFd>,
-        console: impl Into<OwnedFd>,
-    ) -> Self {
-        Self {
-            config: MachineConfig {
-                vcpus: 1,
-                memory_mib: 256,
-                kvm: FdIndex(0),
-                kernel: FdIndex(1),
-                initramfs: None,
-                cmdline: String::new(),
-                console: ConsoleConfig { output: FdIndex(2) },
-                shares: Vec::new(),
-                blocks: Vec::new(),
-                vsock: None,
-            },
-            descriptors: vec![kvm.into(), kernel.into(), console.into()],
-        }
-    }
-
-    #[must_use]
-    pub fn vcpus(mut self, vcpus: u8) -> Self {
-        self.config.vcpus = vcpus;
-        self
-    }
-
-    #[must_use]
-    pub fn memory_mib(mut self, memory_mib: u64) -> Self {
-        self.config.memory_mib = memory_mib;
-        self
-    }
-
-    #[must_use]
-    pub fn initramfs(mut self, initramfs: impl Into<OwnedFd>) -> Self {
-        self.config.initramfs = Some(self.attach(initramfs.into()));
-        self
-    }
-
-    #[must_use]
-    pub fn cmdline(mut self, cmdline: impl Into<String>) -> Self {
-        self.config.cmdline = cmdline.into();
-        self
-    }
-
-    /// Adds a directory tree. Mounts that the supervisor makes under `root` after
-    /// [`Machine::launch`] reach the guest if `root` lies on a shared mount; those
-    /// made while it runs may not.
-    #[must_use]
-    pub fn share(
-        mut self,
-        tag: impl Into<String>,
-        root: impl Into<OwnedFd>,
-        read_only: bool,
-        cache: CachePolicy,
-    ) -> Self {
-        let root = self.attach(root.into());
-        self.config.shares.push(ShareConfig {
-            tag: tag.into(),
-            root,
-            read_only,
-            cache,
-        });
-        self
-    }
-
-    #[must_use]
-    pub fn block(
-        mut self,
-        id: impl Into<String>,
-        disk: impl Into<OwnedFd>,
-        read_only: bool,
-    ) -> Self {
-        let disk = self.attach(disk.into());
-        self.config.blocks.push(BlockConfig {
-            id: id.into(),
-            disk,
-            read_only,
-        });
-        self
-    }
-
-    #[must_use]
-    pub fn vsock(mut self, cid: u32, guest_ports: Vec<u32>) -> Self {
-        self.config.vsock = Some(VsockConfig { cid, guest_ports });
-        self
-    }
-
-    fn attach(&mut self, descriptor: OwnedFd) -> FdIndex {
-        // More than the channel takes (and so more than fits) is refused when it is sent.
-        let index = u16::try_from(self.descriptors.len()).unwrap_or(u16::MAX);
-        self.descriptors.push(descriptor);
-        FdIndex(index)
-    }
-}
-
 /// A connection that the guest made.
 #[derive(Debug)]
 pub struct GuestConnection {
-    /// The host's port, one of [`VsockConfig::guest_ports`].
+    /// The host's port, one of [`crate::config::VsockConfig::guest_ports`].
     pub port: u32,
     pub stream: UnixStream,
 }
@@ -185,13 +79,29 @@ pub enum ConnectError {
     Ended(#[source] ExitReason),
 }
 
+/// Why a network interface has no tap.
+#[derive(Debug, thiserror::Error)]
+pub enum PlugError {
+    #[error("plugging the tap of network interface {index}")]
+    Refused {
+        index: u8,
+        #[source]
+        source: PlugRefused,
+    },
+    #[error("handing a tap over to hull-vmm")]
+    Channel(#[from] ChannelError),
+    #[error("the machine has ended")]
+    Ended(#[source] ExitReason),
+}
+
 /// A running machine. Dropping it kills the machine.
 #[derive(Debug)]
 pub struct Machine {
     pid: i32,
     control: Arc<AsyncChannel>,
     process: Arc<AsyncFd<OwnedFd>>,
-    connects: Arc<Connects>,
+    connects: Arc<Answers<Result<(), ConnectRefused>>>,
+    plugs: Arc<Answers<Result<(), PlugRefused>>>,
     ended: watch::Receiver<Option<ExitReason>>,
 }
 
@@ -212,7 +122,8 @@ impl Machine {
         let (pid, process) = jailed(&mut launcher, &control, spec).await?;
         let process = Arc::new(channel::watch(process).map_err(LaunchError::Control)?);
 
-        let connects = Arc::new(Connects::default());
+        let connects = Arc::default();
+        let plugs = Arc::default();
         let (running, runs) = oneshot::channel();
         let (guest_connections, accepted) = mpsc::channel(WAITING_CONNECTIONS);
         let (end, ended) = watch::channel(None);
@@ -220,6 +131,7 @@ impl Machine {
             control: Arc::clone(&control),
             process: Arc::clone(&process),
             connects: Arc::clone(&connects),
+            plugs: Arc::clone(&plugs),
             running: Some(running),
             guest_connections,
         };
@@ -230,6 +142,7 @@ impl Machine {
             control,
             process,
             connects,
+            plugs,
             ended,
         };
 
@@ -276,6 +189,40 @@ impl Machine {
                 None => Err(ConnectError::Ended(self.wait().await)),
             },
             reason = wait_for_end(&mut ended) => Err(ConnectError::Ended(reason)),
+        }
+    }
+
+    /// Gives a network interface its tap, and brings its link up; `index` is its place among the
+    /// machine's interfaces.
+    ///
+    /// # Errors
+    /// When there is no such interface, it has a tap, the descriptors are not what it needs, or the
+    /// machine has ended.
+    pub async fn plug_net(&self, index: u8, tap: Tap) -> Result<(), PlugError> {
+        let pending = self.plugs.begin();
+        let (tap, descriptors) = tap.alone();
+        let request = Request::PlugNet {
+            id: pending.id,
+            index,
+            tap,
+        };
+        let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        if let Err(error) = self.control.send(&request, &borrowed).await {
+            return Err(match &*self.ended.borrow() {
+                Some(reason) => PlugError::Ended(reason.clone()),
+                None => error.into(),
+            });
+        }
+        drop(descriptors);
+
+        let mut ended = self.ended.clone();
+        tokio::select! {
+            answer = pending.answer() => match answer {
+                Some(Ok(())) => Ok(()),
+                Some(Err(source)) => Err(PlugError::Refused { index, source }),
+                None => Err(PlugError::Ended(self.wait().await)),
+            },
+            reason = wait_for_end(&mut ended) => Err(PlugError::Ended(reason)),
         }
     }
 
@@ -372,64 +319,13 @@ async fn jailed(
     }
 }
 
-/// The connections that wait for the guest's answer.
-#[derive(Debug, Default)]
-struct Connects {
-    next: AtomicU64,
-    waiting: Mutex<HashMap<u64, oneshot::Sender<Result<(), ConnectRefused>>>>,
-}
-
-impl Connects {
-    fn begin(self: &Arc<Self>) -> PendingConnect {
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let (sender, receiver) = oneshot::channel();
-        self.waiting().insert(id, sender);
-        PendingConnect {
-            id,
-            connects: Arc::clone(self),
-            receiver,
-        }
-    }
-
-    /// An id that nobody waits for was given up by the caller, or made up by `hull-vmm`.
-    fn finish(&self, id: u64, result: Result<(), ConnectRefused>) {
-        if let Some(waiter) = self.waiting().remove(&id) {
-            // A caller that has just gone away drops its end of the stream as well.
-            let _ = waiter.send(result);
-        }
-    }
-
-    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, oneshot::Sender<Result<(), ConnectRefused>>>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Forgets the connection when its caller goes away.
-#[derive(Debug)]
-struct PendingConnect {
-    id: u64,
-    connects: Arc<Connects>,
-    receiver: oneshot::Receiver<Result<(), ConnectRefused>>,
-}
-
-impl PendingConnect {
-    async fn answer(mut self) -> Option<Result<(), ConnectRefused>> {
-        (&mut self.receiver).await.ok()
-    }
-}
-
-impl Drop for PendingConnect {
-    fn drop(&mut self) {
-        self.connects.waiting().remove(&self.id);
-    }
-}
-
 /// Listens to one `hull-vmm` until its end.
 #[derive(Debug)]
 struct Follower {
     control: Arc<AsyncChannel>,
     process: Arc<AsyncFd<OwnedFd>>,
-    connects: Arc<Connects>,
+    connects: Arc<Answers<Result<(), ConnectRefused>>>,
+    plugs: Arc<Answers<Result<(), PlugRefused>>>,
     running: Option<oneshot::Sender<()>>,
     guest_connections: mpsc::Sender<GuestConnection>,
 }
@@ -472,6 +368,7 @@ impl Follower {
                 None => return Some(broken("it started twice")),
             },
             Event::Connected { id, result } => self.connects.finish(id, result),
+            Event::NetPlugged { id, result } => self.plugs.finish(id, result),
             Event::GuestConnection { port } => {
                 if let Some(stream) = descriptors.pop().and_then(|fd| stream(fd).ok()) {
                     // When the supervisor has no room or no interest, closing is the answer.

@@ -1,5 +1,7 @@
 //! What a machine is made of, as the supervisor tells `hull-vmm`.
 
+use std::num::NonZeroU64;
+
 use serde::{Deserialize, Serialize};
 
 /// Position of a descriptor among those sent with the configuration message.
@@ -25,13 +27,18 @@ pub struct MachineConfig {
     pub shares: Vec<ShareConfig>,
     pub blocks: Vec<BlockConfig>,
     pub vsock: Option<VsockConfig>,
+    pub nets: Vec<NetConfig>,
 }
 
 impl MachineConfig {
     /// How many descriptors the configuration names.
     pub fn descriptors(&self) -> usize {
+        let taps = self.nets.iter().filter_map(|net| net.tap.as_ref());
         // /dev/kvm, the kernel and the console's output.
-        3 + usize::from(self.initramfs.is_some()) + self.shares.len() + self.blocks.len()
+        3 + usize::from(self.initramfs.is_some())
+            + self.shares.len()
+            + self.blocks.len()
+            + taps.map(TapConfig::descriptors).sum::<usize>()
     }
 }
 
@@ -85,4 +92,69 @@ pub struct VsockConfig {
     /// Host ports that the guest may connect to; each such connection reaches
     /// the supervisor as [`crate::control::Event::GuestConnection`].
     pub guest_ports: Vec<u32>,
+}
+
+/// A network interface (virtio-net).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct NetConfig {
+    /// The interface's hardware address. The guest may take another.
+    pub mac: [u8; 6],
+    /// Bytes of the longest packet without its Ethernet header, 68 to 65535.
+    pub mtu: u16,
+    /// 1 to the number of processors, and at most 16.
+    pub queue_pairs: u8,
+    /// The backend. None: the link is down until one is plugged by
+    /// [`crate::control::Request::PlugNet`], and UDP segmentation is not offered.
+    pub tap: Option<TapConfig>,
+    /// Where there is any, the queues are served in `hull-vmm`, whatever [`TapConfig::vhost`] says:
+    /// the kernel's server has no limits.
+    pub limits: NetLimits,
+}
+
+/// The host's end of a network interface.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct TapConfig {
+    /// One descriptor of a tap for each queue pair, made with `IFF_TAP`, `IFF_NO_PI` and `IFF_VNET_HDR`,
+    /// and with `IFF_MULTI_QUEUE` if there are several.
+    pub queues: Vec<FdIndex>,
+    /// `/dev/vhost-net`, opened once for each queue pair. Empty: the queues are served in `hull-vmm`.
+    pub vhost: Vec<FdIndex>,
+}
+
+impl TapConfig {
+    /// How many descriptors it names.
+    pub fn descriptors(&self) -> usize {
+        self.queues.len() + self.vhost.len()
+    }
+}
+
+/// How much a network interface may move, by the guest's point of view.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NetLimits {
+    pub receive: DirectionLimits,
+    pub transmit: DirectionLimits,
+}
+
+/// How much may go one way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct DirectionLimits {
+    /// Bytes of Ethernet frames.
+    pub bandwidth: Option<RateLimit>,
+    /// Packets; one that is to be cut into segments by whoever takes it counts once.
+    pub packets: Option<RateLimit>,
+}
+
+impl DirectionLimits {
+    /// Whether nothing is limited.
+    pub fn is_unlimited(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A rate over any length of time, and what may be moved at once after a pause.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RateLimit {
+    pub per_second: NonZeroU64,
+    /// A packet is let through whole while any of it is left, so 0 is taken for 1.
+    pub burst: u64,
 }

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::channel::Message;
-use crate::config::MachineConfig;
+use crate::config::{MachineConfig, TapConfig};
 
 /// From the supervisor.
 #[derive(Debug, Serialize, Deserialize)]
@@ -16,6 +16,10 @@ pub enum Request {
     /// Connect to a port in the guest. Attached: one end of a `SOCK_STREAM` pair,
     /// which becomes the connection. Answered by [`Event::Connected`].
     Connect { id: u64, port: u32 },
+    /// Give a network interface its tap, and bring its link up. `index` is the interface's place in
+    /// [`MachineConfig::nets`]. Attached: the descriptors that `tap` names, by their place in this message.
+    /// Answered by [`Event::NetPlugged`].
+    PlugNet { id: u64, index: u8, tap: TapConfig },
     /// End the machine at once, as a power cut would.
     Stop,
 }
@@ -25,6 +29,7 @@ impl Message for Request {
         match self {
             Self::Boot(config) => config.descriptors(),
             Self::Connect { .. } => 1,
+            Self::PlugNet { tap, .. } => tap.descriptors(),
             Self::Stop => 0,
         }
     }
@@ -43,6 +48,11 @@ pub enum Event {
         id: u64,
         result: Result<(), ConnectRefused>,
     },
+    /// How [`Request::PlugNet`] went.
+    NetPlugged {
+        id: u64,
+        result: Result<(), PlugRefused>,
+    },
     /// The guest connected to `port` of the host. Attached: the stream.
     GuestConnection { port: u32 },
     /// The machine has ended; the process exits after this.
@@ -53,7 +63,7 @@ impl Message for Event {
     fn descriptors(&self) -> usize {
         match self {
             Self::Jailed { .. } | Self::GuestConnection { .. } => 1,
-            Self::Running | Self::Connected { .. } | Self::Ended(_) => 0,
+            Self::Running | Self::Connected { .. } | Self::NetPlugged { .. } | Self::Ended(_) => 0,
         }
     }
 }
@@ -69,6 +79,21 @@ pub enum ConnectRefused {
     TimedOut,
     #[error("too many connections are open")]
     TooMany,
+}
+
+/// Why a network interface did not get its tap.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum PlugRefused {
+    #[error("the machine has no such network interface")]
+    NoInterface,
+    #[error("the interface has a tap already")]
+    Plugged,
+    #[error(
+        "the descriptors are not one of the tap, and one or none of vhost-net, for each queue pair"
+    )]
+    Descriptors,
+    #[error("setting the tap up: {}", std::io::Error::from_raw_os_error(*.errno))]
+    Tap { errno: i32 },
 }
 
 /// Why a machine ended.

@@ -20,11 +20,12 @@ use rustix::process::{Resource, getrlimit};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 use crate::boot::{acpi, kernel, pvh, reset};
-use crate::config::{BlockConfig, FdIndex, MachineConfig, ShareConfig};
-use crate::control::{ConnectRefused, ExitReason};
+use crate::config::{BlockConfig, FdIndex, MachineConfig, NetConfig, ShareConfig, TapConfig};
+use crate::control::{ConnectRefused, ExitReason, PlugRefused};
 use crate::devices::block::Block;
 use crate::devices::console::Console;
 use crate::devices::fs::{FileSystem, FsConfig, FsError};
+use crate::devices::net::{Net, NetError, NetHandle, TapDescriptors};
 use crate::devices::rng::Rng;
 pub use crate::devices::vsock::{Connected, GuestConnections};
 use crate::devices::vsock::{Vsock, VsockHandle};
@@ -40,8 +41,11 @@ use crate::pci::{PciError, PciRoot};
 
 /// As many processors as local APIC ids and file system queues are laid out for.
 const MAX_VCPUS: u8 = 64;
-/// Descriptors that are this process's own: the rest is the guest's files.
+/// Descriptors that are this process's own, without network interfaces: the rest is the guest's files.
 const OWN_DESCRIPTORS: u64 = 512;
+/// Descriptors that a network interface needs for each of its queue pairs, and then some: events of both
+/// queues, the tap, vhost-net, and the thread's own.
+const PAIR_DESCRIPTORS: u64 = 24;
 
 /// Why a machine could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +66,8 @@ pub enum BuildError {
     Pci(#[from] PciError),
     #[error("making the virtio-fs device")]
     FileSystem(#[from] FsError),
+    #[error("making network interface {index}")]
+    Net { index: usize, source: NetError },
     #[error("making the {device} device")]
     Device {
         device: &'static str,
@@ -108,12 +114,19 @@ impl Descriptors {
     }
 }
 
+/// What the supervisor reaches devices by.
+#[derive(Debug, Default)]
+struct Handles {
+    vsock: Option<VsockHandle>,
+    nets: Vec<NetHandle>,
+}
+
 /// A virtual machine, built and not yet ended.
 #[derive(Debug)]
 pub struct Machine {
     ending: Ending,
     pci: Arc<PciRoot>,
-    vsock: Option<VsockHandle>,
+    handles: Handles,
     ready: Vec<Vcpu>,
     running: Vec<Running>,
 }
@@ -141,13 +154,14 @@ impl Machine {
 
         let platform = Arc::new(KvmPlatform::new(Arc::clone(vm.fd())));
         let pci = PciRoot::new(memory.clone(), platform);
-        let (pci, vsock) = add_devices(pci, config, &mut descriptors, &shares, guest_connections)?;
+        let (pci, handles) =
+            add_devices(pci, config, &mut descriptors, &shares, guest_connections)?;
 
         let entry = load_guest(config, &mut descriptors, &memory, mmio64_start)?;
         Ok(Self {
             ending: Ending::new().map_err(BuildError::Event)?,
             pci: Arc::new(pci),
-            vsock,
+            handles,
             ready: Vcpu::create_all(&vm, config.vcpus, entry)?,
             running: Vec::new(),
         })
@@ -172,10 +186,30 @@ impl Machine {
 
     /// Connects `stream` to a port in the guest; `connected` hears how it went.
     pub fn connect(&self, port: u32, stream: UnixStream, connected: Connected) {
-        match &self.vsock {
+        match &self.handles.vsock {
             Some(vsock) => vsock.connect(port, stream, connected),
             None => connected(Err(ConnectRefused::NoDriver)),
         }
+    }
+
+    /// Gives a network interface its tap; the descriptors are those that came with it.
+    ///
+    /// # Errors
+    /// When there is no such interface, it has a tap, or the descriptors are not what it needs.
+    pub fn plug_net(
+        &self,
+        index: u8,
+        tap: &TapConfig,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), PlugRefused> {
+        let net = self
+            .handles
+            .nets
+            .get(usize::from(index))
+            .ok_or(PlugRefused::NoInterface)?;
+        let mut descriptors = Descriptors::new(descriptors);
+        let tap = tap_descriptors(tap, &mut descriptors).map_err(|_| PlugRefused::Descriptors)?;
+        net.plug(tap)
     }
 
     /// Ends the machine as a power cut would. Returns at once.
@@ -236,7 +270,8 @@ fn add_devices(
     descriptors: &mut Descriptors,
     shares: &Shares,
     guest_connections: GuestConnections,
-) -> Result<(PciRoot, Option<VsockHandle>), BuildError> {
+) -> Result<(PciRoot, Handles), BuildError> {
+    let mut handles = Handles::default();
     pci.add_virtio(Box::new(console(config, descriptors)?))?;
     pci.add_virtio(Box::new(Rng::new()))?;
     for block in blocks(config, descriptors)? {
@@ -245,13 +280,23 @@ fn add_devices(
     for share in file_systems(config, shares)? {
         pci.add_virtio(Box::new(share))?;
     }
-    let Some(vsock) = &config.vsock else {
-        return Ok((pci, None));
-    };
-    let (device, handle) =
-        Vsock::new(vsock.clone(), guest_connections).map_err(device_error("virtio-vsock"))?;
-    pci.add_virtio(Box::new(device))?;
-    Ok((pci, Some(handle)))
+    if let Some(vsock) = &config.vsock {
+        let (device, handle) =
+            Vsock::new(vsock.clone(), guest_connections).map_err(device_error("virtio-vsock"))?;
+        pci.add_virtio(Box::new(device))?;
+        handles.vsock = Some(handle);
+    }
+    for (index, net) in config.nets.iter().enumerate() {
+        let tap = net.tap.as_ref();
+        let tap = tap
+            .map(|tap| tap_descriptors(tap, descriptors))
+            .transpose()?;
+        let (device, handle) =
+            Net::new(net, config.vcpus, tap).map_err(|source| BuildError::Net { index, source })?;
+        pci.add_virtio(Box::new(device))?;
+        handles.nets.push(handle);
+    }
+    Ok((pci, handles))
 }
 
 fn console(config: &MachineConfig, descriptors: &mut Descriptors) -> Result<Console, BuildError> {
@@ -267,6 +312,28 @@ fn blocks(config: &MachineConfig, descriptors: &mut Descriptors) -> Result<Vec<B
     config.blocks.iter().map(&mut make).collect()
 }
 
+fn tap_descriptors(
+    tap: &TapConfig,
+    descriptors: &mut Descriptors,
+) -> Result<TapDescriptors, BuildError> {
+    let mut take = |indices: &[FdIndex]| -> Result<Vec<OwnedFd>, BuildError> {
+        indices
+            .iter()
+            .map(|index| descriptors.take(*index))
+            .collect()
+    };
+    Ok(TapDescriptors {
+        queues: take(&tap.queues)?,
+        vhost: take(&tap.vhost)?,
+    })
+}
+
+/// Descriptors that this process needs for itself, whatever the guest opens.
+fn own_descriptors(nets: &[NetConfig]) -> u64 {
+    let pairs: u64 = nets.iter().map(|net| u64::from(net.queue_pairs)).sum();
+    OWN_DESCRIPTORS + PAIR_DESCRIPTORS * pairs
+}
+
 fn file_systems(config: &MachineConfig, shares: &Shares) -> Result<Vec<FileSystem>, BuildError> {
     if config.shares.len() != shares.roots.len() {
         return Err(BuildError::Shares {
@@ -276,7 +343,7 @@ fn file_systems(config: &MachineConfig, shares: &Shares) -> Result<Vec<FileSyste
     }
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let each = limit
-        .saturating_sub(OWN_DESCRIPTORS)
+        .saturating_sub(own_descriptors(&config.nets))
         .checked_div(shares.roots.len() as u64)
         .unwrap_or(0);
     let make = |(share, path): (&ShareConfig, &PathBuf)| {

@@ -9,6 +9,7 @@
 )]
 
 mod guest;
+mod network;
 
 use std::fs::File;
 use std::io::{Read, Seek};

@@ -236,6 +236,10 @@ fn attend(control: &Arc<Channel>, machine: Machine) -> Result<Option<ExitReason>
                 });
                 machine.connect(port, UnixStream::from(stream), connected);
             }
+            Some((Request::PlugNet { id, index, tap }, descriptors)) => {
+                let result = machine.plug_net(index, &tap, descriptors);
+                control.send(&Event::NetPlugged { id, result }, &[])?;
+            }
         }
     }
 }

@@ -9,6 +9,7 @@ mod driver_queue;
 pub mod fs;
 #[cfg(test)]
 mod hostile;
+pub mod net;
 pub mod rng;
 pub mod vsock;
 pub mod worker;

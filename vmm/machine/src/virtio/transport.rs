@@ -173,6 +173,11 @@ impl Interrupt for Mapped {
             None => Ok(()),
         }
     }
+
+    fn event(&self) -> Option<EventFd> {
+        let vector = self.vector.load(Ordering::Acquire);
+        self.vectors.get(usize::from(vector))?.event()
+    }
 }
 
 impl Transport {
@@ -278,7 +283,9 @@ impl Transport {
     fn read_common_u8(&self, offset: u64) -> u8 {
         match offset {
             common::DEVICE_STATUS => self.status,
-            common::CONFIG_GENERATION => self.config_generation,
+            common::CONFIG_GENERATION => self
+                .config_generation
+                .wrapping_add(self.device.config_generation()),
             _ => 0,
         }
     }

@@ -5,7 +5,7 @@ use std::fs::File;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::config::{CachePolicy, ConsoleConfig, VsockConfig};
+use crate::config::{CachePolicy, ConsoleConfig, NetConfig, NetLimits, VsockConfig};
 use crate::layout::{HIGH_RAM_START, LOW_RAM_END, PCI_ECAM_START};
 use crate::pci::FunctionInfo;
 use crate::pci::platform::{MsiLine, MsiMessage, Platform};
@@ -77,6 +77,13 @@ fn bus() -> PciRoot {
             cid: 3,
             guest_ports: vec![],
         }),
+        nets: vec![NetConfig {
+            mac: [2, 0, 0, 0, 0, 1],
+            mtu: 1500,
+            queue_pairs: 2,
+            tap: None,
+            limits: NetLimits::default(),
+        }],
     };
     let shares = Shares {
         roots: vec![share.path().to_owned()],
@@ -117,6 +124,8 @@ fn cve_2015_3456_no_other_function_is_on_the_bus() {
             (4, 0x1af4, 0x105a, 0x01_80_00),
             // vsock
             (5, 0x1af4, 0x1053, 0x07_80_00),
+            // network
+            (6, 0x1af4, 0x1041, 0x02_00_00),
         ]
     );
 }
@@ -139,8 +148,8 @@ fn cve_2015_3456_no_other_page_answers() {
         })
         .collect();
 
-    let bars = (0xC000_8000..0xC003_0000_u64).step_by(0x1000);
-    // Function 0 of the first six slots.
-    let configuration = (0xE000_0000..0xE003_0000).step_by(0x8000);
+    let bars = (0xC000_8000..0xC003_8000_u64).step_by(0x1000);
+    // Function 0 of the first seven slots.
+    let configuration = (0xE000_0000..0xE003_8000).step_by(0x8000);
     assert_eq!(answers, bars.chain(configuration).collect::<Vec<_>>());
 }

@@ -100,6 +100,7 @@ pub fn run() -> ExitCode {
                 };
                 thread.send((id, deed)).unwrap();
             }
+            Request::PlugNet { .. } => panic!("there is no network"),
             Request::Boot(_) => panic!("booted twice"),
         }
     }

@@ -1,0 +1,243 @@
+//! What the registers, the control queue, the queue pairs and the supervisor tell each other.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::counters::Counters;
+use super::tap::{KernelTap, Tap};
+use super::vhost::VhostNet;
+use crate::control::PlugRefused;
+use crate::virtio::device::Interrupt;
+
+/// The host's end of a queue pair.
+#[derive(Debug)]
+pub struct Backend {
+    pub tap: Box<dyn Tap>,
+    /// Serves the pair in the kernel.
+    pub vhost: Option<VhostNet>,
+}
+
+/// The descriptors of a tap, as [`crate::config::TapConfig`] has them.
+#[derive(Debug)]
+pub struct TapDescriptors {
+    pub queues: Vec<OwnedFd>,
+    pub vhost: Vec<OwnedFd>,
+}
+
+impl TapDescriptors {
+    /// The backend of each of so many queue pairs.
+    pub(super) fn backends(self, pairs: usize) -> Result<Vec<Backend>, PlugRefused> {
+        let Self { queues, vhost } = self;
+        if queues.len() != pairs || !(vhost.is_empty() || vhost.len() == pairs) {
+            return Err(PlugRefused::Descriptors);
+        }
+        let mut vhost = vhost.into_iter();
+        queues
+            .into_iter()
+            .map(|queue| {
+                let tap = KernelTap::new(queue).map_err(|error| PlugRefused::Tap {
+                    errno: error.raw_os_error().unwrap_or(libc::EIO),
+                })?;
+                Ok(Backend {
+                    tap: Box::new(tap),
+                    vhost: vhost.next().map(VhostNet::new),
+                })
+            })
+            .collect()
+    }
+}
+
+/// The state of an interface.
+#[derive(Debug)]
+pub struct Link {
+    pairs: usize,
+    /// The address that the interface has unless its driver takes another.
+    first_mac: [u8; 6],
+    state: Mutex<State>,
+    /// One for each pair: something has changed that it should look at.
+    bells: Vec<EventFd>,
+    pub counters: Arc<Counters>,
+}
+
+#[derive(Debug)]
+struct State {
+    mac: [u8; 6],
+    /// One for each pair; none while the link is down.
+    backends: Option<Vec<Arc<Backend>>>,
+    /// How many pairs the driver uses.
+    in_use: usize,
+    /// Counts changes that the driver did not make.
+    generation: u8,
+    /// Tells the driver of a change, while there is one.
+    driver: Option<Arc<dyn Interrupt>>,
+}
+
+impl Link {
+    pub fn new(mac: [u8; 6], pairs: usize, backends: Option<Vec<Backend>>) -> io::Result<Self> {
+        let bells = (0..pairs)
+            .map(|_| EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK))
+            .collect::<io::Result<_>>()?;
+        Ok(Self {
+            pairs,
+            first_mac: mac,
+            state: Mutex::new(State {
+                mac,
+                backends: backends.map(shared),
+                in_use: 1,
+                generation: 0,
+                driver: None,
+            }),
+            bells,
+            counters: Arc::default(),
+        })
+    }
+
+    pub fn mac(&self) -> [u8; 6] {
+        self.state().mac
+    }
+
+    pub fn set_mac(&self, mac: [u8; 6]) {
+        self.state().mac = mac;
+    }
+
+    pub fn is_up(&self) -> bool {
+        self.state().backends.is_some()
+    }
+
+    pub fn generation(&self) -> u8 {
+        self.state().generation
+    }
+
+    /// Rings for a pair.
+    pub fn bell(&self, pair: usize) -> Option<&EventFd> {
+        self.bells.get(pair)
+    }
+
+    /// What serves a pair, if the driver uses that and the link is up.
+    pub fn backend(&self, pair: usize) -> Option<Arc<Backend>> {
+        let state = self.state();
+        let backends = state.backends.as_ref()?;
+        backends.get(pair).filter(|_| pair < state.in_use).cloned()
+    }
+
+    /// A driver is there, and uses one pair. It hears of changes by `interrupt`.
+    pub fn driver_up(&self, interrupt: Arc<dyn Interrupt>) {
+        let mut state = self.state();
+        state.in_use = 1;
+        state.driver = Some(interrupt);
+    }
+
+    /// It is no longer. All is for the next as it was for it.
+    pub fn driver_down(&self) {
+        let mut state = self.state();
+        state.in_use = 1;
+        state.mac = self.first_mac;
+        state.driver = None;
+    }
+
+    /// Gives the interface its tap.
+    pub fn plug(&self, backends: Vec<Backend>) -> Result<(), PlugRefused> {
+        if backends.len() != self.pairs {
+            return Err(PlugRefused::Descriptors);
+        }
+        let mut state = self.state();
+        if state.backends.is_some() {
+            return Err(PlugRefused::Plugged);
+        }
+        state.backends = Some(shared(backends));
+        self.changed(state);
+        Ok(())
+    }
+
+    /// The tap is gone: `backend` is the part of it that has shown that.
+    pub fn lost(&self, backend: &Arc<Backend>) {
+        let mut state = self.state();
+        let current = state
+            .backends
+            .as_ref()
+            .is_some_and(|backends| backends.iter().any(|one| Arc::ptr_eq(one, backend)));
+        if current {
+            log::warn!("a network interface has lost its tap; its link is down");
+            state.backends = None;
+            self.changed(state);
+        }
+    }
+
+    /// Uses the first `pairs` pairs from now on. Called by the first pair's thread alone.
+    pub fn use_pairs(&self, pairs: usize) {
+        let before = std::mem::replace(&mut self.state().in_use, pairs);
+        if pairs > before {
+            // Packets come to the new ones before anybody looks, and wait.
+            self.arrange();
+        }
+        self.ring_all();
+        if pairs < before {
+            self.arrange();
+        }
+    }
+
+    /// Takes those of the tap's queues out of use whose pairs are not used. Called by the first pair's
+    /// thread alone, which is there whenever there is a driver.
+    pub fn arrange(&self) {
+        let state = self.state();
+        let in_use = state.in_use;
+        let Some(backends) = state.backends.clone() else {
+            return;
+        };
+        drop(state);
+        // The only queue of a tap can't be taken out of use.
+        if backends.len() == 1 {
+            return;
+        }
+        for (pair, backend) in backends.iter().enumerate() {
+            if let Err(error) = backend.tap.set_attached(pair < in_use) {
+                log::warn!("queue {pair} of a tap: {error}");
+            }
+        }
+    }
+
+    fn changed(&self, mut state: MutexGuard<'_, State>) {
+        state.generation = state.generation.wrapping_add(1);
+        let driver = state.driver.clone();
+        drop(state);
+        self.ring_all();
+        if let Some(Err(error)) = driver.map(|driver| driver.signal()) {
+            log::error!("a network driver can't be told of its link: {error}");
+        }
+    }
+
+    fn ring_all(&self) {
+        for bell in &self.bells {
+            // A counter that is full is readable, which is all that matters.
+            drop(bell.write(1));
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn shared(backends: Vec<Backend>) -> Vec<Arc<Backend>> {
+    backends.into_iter().map(Arc::new).collect()
+}
+
+/// Plugs the tap of an interface that has none.
+#[derive(Debug, Clone)]
+pub struct NetHandle(pub(super) Arc<Link>);
+
+impl NetHandle {
+    /// Gives the interface its tap, and brings its link up.
+    ///
+    /// # Errors
+    /// When it has one, or the descriptors are not what an interface with so many queue pairs needs.
+    pub fn plug(&self, tap: TapDescriptors) -> Result<(), PlugRefused> {
+        if self.0.is_up() {
+            return Err(PlugRefused::Plugged);
+        }
+        self.0.plug(tap.backends(self.0.pairs)?)
+    }
+}
