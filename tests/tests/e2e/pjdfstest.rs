@@ -93,7 +93,7 @@ chmod +x root/init
 /usr/lib/qemu/virtiofsd --socket-path="$PWD/fs.sock" -o source="$PWD/share" -o xattr -o cache=auto > virtiofsd.log 2>&1 &
 server=$!
 until [ -S fs.sock ]; do kill -0 $server; sleep 0.1; done
-timeout 600 qemu-system-x86_64 -M q35 -accel kvm -cpu host -smp 2 -m 512 \
+timeout 600 qemu-system-x86_64 -M q35 -accel kvm -cpu host -m 512 \
   -object memory-backend-memfd,id=memory,size=512M,share=on -numa node,memdev=memory \
   -chardev socket,id=fs,path=fs.sock -device vhost-user-fs-pci,chardev=fs,tag=share \
   -kernel "$HULL_GUEST_DIR/vmlinux" -initrd initramfs.cpio -append 'console=ttyS0 quiet' \
