@@ -1,14 +1,19 @@
 //! Prints log lines of many containers, each behind its name.
+//!
+//! Standard output is written in large pieces: whoever prints says with [`Printer::flush`] that
+//! there is nothing more for now.
 
 use std::collections::HashMap;
-use std::io::{self, IsTerminal, Write};
-use std::sync::{Mutex, PoisonError};
+use std::io::{self, BufWriter, IsTerminal, Stdout, Write};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use hull_pod::logs::{LogLine, StreamName};
 use indicatif::ProgressBar;
 
 /// A line that doesn't end is printed in parts of this size.
 const PART: usize = 64 * 1024;
+/// Printed lines that wait to be written, at most.
+const WAITING: usize = 64 * 1024;
 /// ANSI colours that can be read on light and dark terminals: cyan, yellow, green, magenta, blue.
 const COLOURS: [u8; 5] = [36, 33, 32, 35, 34];
 
@@ -25,11 +30,14 @@ pub struct Printer {
     style: Style,
     /// Taken off the screen while a line is printed.
     progress: ProgressBar,
+    out_is_terminal: bool,
+    err_is_terminal: bool,
     state: Mutex<State>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
+    out: BufWriter<Stdout>,
     /// Lines whose end hasn't come yet.
     partial: HashMap<(String, StreamKey), Vec<u8>>,
     /// The names' colours, in the order in which they came.
@@ -58,20 +66,28 @@ impl Printer {
         Self {
             style,
             progress,
+            out_is_terminal: io::stdout().is_terminal(),
+            err_is_terminal: io::stderr().is_terminal(),
             state: Mutex::new(State {
+                out: BufWriter::with_capacity(WAITING, io::stdout()),
+                partial: HashMap::new(),
                 names: names.to_vec(),
                 width: names.iter().map(String::len).max().unwrap_or(0),
-                ..State::default()
             }),
         }
     }
 
-    /// Prints a line, or keeps a part until the rest has come.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Prints a line, or keeps a part until the rest has come. It may not be seen before
+    /// [`Printer::flush`].
     pub fn print(&self, name: &str, line: LogLine) -> io::Result<()> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
         let stream = StreamKey::from(line.stream);
         if !self.style.prefix && !self.style.timestamps {
-            return self.write(stream, &line.text);
+            return self.write(&mut state, stream, &line.text);
         }
         let key = (name.to_owned(), stream);
         let partial = state.partial.entry(key.clone()).or_default();
@@ -84,27 +100,36 @@ impl Printer {
         }
         let text = state.partial.remove(&key).unwrap_or_default();
         let whole = self.assemble(&state, name, stream, &text);
-        self.write(stream, &whole)
+        self.write(&mut state, stream, &whole)
     }
 
     /// Prints what has no end. Call it when a container's log is at its own.
     pub fn finish(&self, name: &str) -> io::Result<()> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state();
         for stream in [StreamKey::Out, StreamKey::Err] {
             if let Some(text) = state.partial.remove(&(name.to_owned(), stream)) {
                 let whole = self.assemble(&state, name, stream, &text);
-                self.write(stream, &whole)?;
+                self.write(&mut state, stream, &whole)?;
             }
         }
-        Ok(())
+        self.progress.suspend(|| state.out.flush())
+    }
+
+    /// Writes what has been printed. Call it when there is nothing to print for now.
+    pub fn flush(&self) -> io::Result<()> {
+        let mut state = self.state();
+        if state.out.buffer().is_empty() {
+            return Ok(());
+        }
+        self.progress.suspend(|| state.out.flush())
     }
 
     fn assemble(&self, state: &State, name: &str, stream: StreamKey, text: &[u8]) -> Vec<u8> {
         let mut whole = Vec::with_capacity(text.len() + name.len() + 16);
         if self.style.prefix {
             let terminal = match stream {
-                StreamKey::Out => io::stdout().is_terminal(),
-                StreamKey::Err => io::stderr().is_terminal(),
+                StreamKey::Out => self.out_is_terminal,
+                StreamKey::Err => self.err_is_terminal,
             };
             let place = state.names.iter().position(|n| n == name).unwrap_or(0);
             let width = state.width;
@@ -123,14 +148,18 @@ impl Printer {
         whole
     }
 
-    fn write(&self, stream: StreamKey, text: &[u8]) -> io::Result<()> {
-        self.progress.suspend(|| match stream {
-            StreamKey::Out => {
-                let mut out = io::stdout().lock();
-                out.write_all(text).and_then(|()| out.flush())
+    fn write(&self, state: &mut State, stream: StreamKey, text: &[u8]) -> io::Result<()> {
+        match stream {
+            StreamKey::Out if state.out.buffer().len() + text.len() < WAITING => {
+                state.out.write_all(text)
             }
-            StreamKey::Err => io::stderr().lock().write_all(text),
-        })
+            StreamKey::Out => self.progress.suspend(|| state.out.write_all(text)),
+            // On a terminal the two stay in their order.
+            StreamKey::Err => self.progress.suspend(|| {
+                state.out.flush()?;
+                io::stderr().lock().write_all(text)
+            }),
+        }
     }
 }
 

@@ -121,7 +121,7 @@ fn show(
             false => Follow::Stop,
         };
         logs::follow(&record.dir, container, options, each, || {
-            if reader_is_gone() {
+            if printer.flush().is_err() || reader_is_gone() {
                 Follow::Stop
             } else {
                 Follow::On

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use memchr::memchr;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use super::{INSTANCES_KEPT, LINE_MAX, instance, instances};
@@ -123,22 +124,22 @@ impl LogWriter {
     /// # Errors
     /// When the file can't be written.
     pub fn write(&mut self, stream: StreamName, mut data: &[u8]) -> io::Result<()> {
-        let now = Timestamp::now();
+        let header = Header::new(Timestamp::now(), stream);
         self.out.clear();
         while !data.is_empty() {
             let pending = &mut self.pending[stream as usize];
             let room = LINE_MAX - pending.len();
             let window = &data[..data.len().min(room)];
-            match window.iter().position(|b| *b == b'\n') {
+            match memchr(b'\n', window) {
                 Some(end) => {
-                    header(&mut self.out, now, stream, 'F');
+                    header.put(&mut self.out, b'F');
                     self.out.append(pending);
                     self.out.extend_from_slice(&window[..=end]);
                     data = &data[end + 1..];
                 }
                 // Only a line that goes on past the limit is split, not one that just fills it.
                 None if window.len() == room && data.get(room).is_some_and(|b| *b != b'\n') => {
-                    header(&mut self.out, now, stream, 'P');
+                    header.put(&mut self.out, b'P');
                     self.out.append(pending);
                     self.out.extend_from_slice(window);
                     self.out.push(b'\n');
@@ -146,11 +147,11 @@ impl LogWriter {
                 }
                 None if window.is_empty() => {
                     // Full since the last call, and its end comes first in this one, or more.
-                    let tag = if data[0] == b'\n' { 'F' } else { 'P' };
-                    header(&mut self.out, now, stream, tag);
+                    let tag = if data[0] == b'\n' { b'F' } else { b'P' };
+                    header.put(&mut self.out, tag);
                     self.out.append(pending);
                     self.out.push(b'\n');
-                    data = &data[usize::from(tag == 'F')..];
+                    data = &data[usize::from(tag == b'F')..];
                 }
                 None => {
                     pending.extend_from_slice(window);
@@ -168,7 +169,7 @@ impl LogWriter {
         for stream in [StreamName::Stdout, StreamName::Stderr] {
             let pending = &mut self.pending[stream as usize];
             if !pending.is_empty() {
-                header(&mut self.out, now, stream, 'P');
+                Header::new(now, stream).put(&mut self.out, b'P');
                 self.out.append(pending);
                 self.out.push(b'\n');
             }
@@ -199,9 +200,18 @@ impl LogWriter {
     }
 }
 
-fn header(out: &mut Vec<u8>, now: Timestamp, stream: StreamName, tag: char) {
-    // Writing to a Vec can't fail.
-    let _ = write!(out, "{now:.9} {} {tag} ", stream.as_str());
+/// What stands before each line of one write, but for the tag: it is put together once, not for each line.
+struct Header(String);
+
+impl Header {
+    fn new(now: Timestamp, stream: StreamName) -> Self {
+        Self(format!("{now:.9} {} ", stream.as_str()))
+    }
+
+    fn put(&self, out: &mut Vec<u8>, tag: u8) {
+        out.extend_from_slice(self.0.as_bytes());
+        out.extend_from_slice(&[tag, b' ']);
+    }
 }
 
 #[cfg(test)]

@@ -220,7 +220,7 @@ impl Attendance {
                 .name("print".into())
                 .spawn(move || {
                     let each = |line| follow_if(printer.print(&label, line).is_ok());
-                    let idle = || follow_if(!reader_is_gone());
+                    let idle = || follow_if(printer.flush().is_ok() && !reader_is_gone());
                     let followed = logs::follow(&dir, &container, options, each, idle);
                     if let Err(error) = followed {
                         eprintln!("hull: {label}: {}", chain(&error));
