@@ -52,7 +52,11 @@ pub fn run() -> ExitCode {
 pub fn run_helper() -> Option<ExitCode> {
     let name = std::env::args_os().next()?;
     let name = Path::new(&name).file_name()?.to_str()?;
-    helper::is_helper(name).then(helper::main)
+    helper::is_helper(name).then(|| {
+        // What it makes is not to be scheduled as the agent's threads are.
+        schedule(libc::SCHED_OTHER);
+        helper::main()
+    })
 }
 
 fn init() -> ! {
@@ -93,8 +97,27 @@ pub fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .max_blocking_threads(BLOCKING_THREADS)
+        .on_thread_start(let_writers_run)
         .enable_all()
         .build()
+}
+
+/// Keeps the calling thread from interrupting whoever wakes it: a process that prints is left to fill its
+/// pipe, instead of being stopped for each of its writes. An idle processor is taken at once, as ever.
+fn let_writers_run() {
+    schedule(libc::SCHED_BATCH);
+}
+
+/// Sets the scheduling policy (without a priority) of the calling thread and of what it will start.
+fn schedule(policy: libc::c_int) {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the parameters live until the call returns, which changes the calling thread alone.
+    if unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) } != 0 {
+        eprintln!(
+            "hull-agent: scheduling: {}",
+            std::io::Error::last_os_error()
+        );
+    }
 }
 
 fn log_to_console() {

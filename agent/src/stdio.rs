@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{Gid, Mode, OFlags, Uid, fchown};
-use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
 use rustix::termios::{Winsize, tcsetwinsize};
 
@@ -17,7 +17,12 @@ use crate::endpoint::Endpoint;
 use crate::error::{Doing, Error, Result};
 use crate::process::Process;
 
-const BUFFER: usize = 32 * 1024;
+/// Copied at a time, and so a packet to the host. With what the kernel adds to a packet it fits into 32 KiB (order 3),
+/// which is the most that Linux always finds; a write of more can fail for fragmented memory.
+const BUFFER: usize = 28 * 1024;
+/// What a process can write before it has to wait: much for one turn of the processor. The pages are only there
+/// while they hold something, and are the process's.
+const PIPE: usize = 256 * 1024;
 /// What a terminal may still hold when an exec's process has ended.
 const TERMINAL_REST: usize = 1024 * 1024;
 /// A terminal's output passes a kernel work queue: it may lag behind the exit.
@@ -86,6 +91,7 @@ pub fn pipes(claimed: &Claimed, uid: u32, gid: u32) -> Result<([OwnedFd; 3], Our
 
 fn pipe_of(uid: u32, gid: u32) -> Result<(OwnedFd, OwnedFd)> {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).doing(|| "making a pipe".into())?;
+    fcntl_setpipe_size(&writer, PIPE).doing(|| "sizing a pipe".into())?;
     for end in [&reader, &writer] {
         fchown(end, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
             .doing(|| "giving a pipe to its user".into())?;
