@@ -20,6 +20,31 @@ pub fn kill_9(pid: i32) {
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("the process exists");
 }
 
+/// A process that is stopped until this is dropped.
+#[derive(Debug)]
+pub struct Stopped(rustix::process::Pid);
+
+impl Stopped {
+    /// Sends SIGSTOP.
+    ///
+    /// # Panics
+    /// When there is no such process.
+    #[must_use]
+    pub fn new(pid: i32) -> Self {
+        let pid = rustix::process::Pid::from_raw(pid).expect("a process id");
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP)
+            .expect("the process exists");
+        Self(pid)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        // It fails only if the process is gone.
+        let _ = rustix::process::kill_process(self.0, rustix::process::Signal::CONT);
+    }
+}
+
 /// Processes whose command line or environment names this directory.
 #[must_use]
 pub fn processes_of(run_dir: &Path) -> Vec<String> {
