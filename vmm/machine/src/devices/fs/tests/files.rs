@@ -200,3 +200,15 @@ fn a_share_that_can_not_be_is_refused() {
         FsError::Open { .. }
     ));
 }
+
+/// Else a program that runs could be truncated: see `message::withhold_atomic_truncation`.
+#[test]
+fn truncation_is_not_left_to_open() {
+    let share = tempfile::tempdir().unwrap();
+    let mut guest = Guest::new(share.path(), false);
+
+    let flags = guest.mount();
+
+    assert_eq!(flags & ATOMIC_O_TRUNC, 0, "{flags:#x}");
+    assert_ne!(flags & POSIX_ACL, 0, "{flags:#x}");
+}

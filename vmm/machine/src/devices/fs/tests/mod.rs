@@ -45,6 +45,8 @@ const RENAME2: u32 = 45;
 const LSEEK: u32 = 46;
 const COPY_FILE_RANGE: u32 = 47;
 const ROOT: u64 = 1;
+const ATOMIC_O_TRUNC: u32 = 1 << 3;
+const POSIX_ACL: u32 = 1 << 20;
 
 /// Where requests and answers lie in the guest's memory.
 const REQUEST: u64 = 0x10_0000;
@@ -95,11 +97,16 @@ impl Guest {
             config_interrupt: Interrupts::new(),
         };
         self.device.activate(activation).unwrap();
+        self.mount();
+    }
+
+    /// Starts a session; returns the flags that both know.
+    fn mount(&mut self) -> u32 {
         // Major 7, minor 38; ACLs and what belongs to them, submounts, kill-priv v2, xattr flags, extended init.
         let flags: u32 = 1 << 6 | 1 << 13 | 1 << 20 | 1 << 27 | 1 << 28 | 1 << 29 | 1 << 30;
-        let mut body = numbers(&[7, 38, 0x2_0000, flags, 0]);
+        let mut body = numbers(&[7, 38, 0x2_0000, flags | ATOMIC_O_TRUNC, 0]);
         body.extend([0; 44]);
-        self.call(INIT, 0, &body).unwrap();
+        u32_at(&self.call(INIT, 0, &body).unwrap(), 12)
     }
 
     /// Sends a message, and takes the answer or the errno.
