@@ -7,6 +7,7 @@ use hull_machine::channel::SocketError;
 use hull_pod::client::ClientError;
 use hull_pod::images::ImageError;
 use hull_pod::manifest::ManifestError;
+use hull_pod::networks::NetworkError;
 use hull_pod::state::StateError;
 use hull_pod::supervisor::{InstallationError, SupervisorError};
 use hull_pod::text::chain;
@@ -28,6 +29,8 @@ pub enum Failure {
     Socket(#[from] SocketError),
     #[error(transparent)]
     Image(#[from] ImageError),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     #[error(transparent)]
     Installation(#[from] InstallationError),
     #[error(transparent)]
@@ -86,7 +89,9 @@ impl Failure {
 
     fn code(&self) -> u8 {
         match self {
-            Self::Input(_) | Self::Manifest(_) => 2,
+            Self::Input(_)
+            | Self::Manifest(_)
+            | Self::Network(NetworkError::Refused(_) | NetworkError::NoSuchNetwork(_)) => 2,
             Self::Exit(code) | Self::WithCode { code, .. } => *code,
             _ => 1,
         }

@@ -12,7 +12,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use hull_pod::networks;
 use hull_pod::state::{Directories, Registry};
+use hull_pod::supervisor::Limits;
 
 use crate::failure::Failure;
 
@@ -71,6 +73,8 @@ enum Command {
     Load(commands::load::Args),
     Images(commands::images::Args),
     Rmi(commands::rmi::Args),
+    Network(commands::network::Args),
+    PortForward(commands::port_forward::Args),
     Check(commands::check::Args),
     Gc(commands::gc::Args),
     Completion(commands::completion::Args),
@@ -87,7 +91,13 @@ struct Host {
 impl Host {
     /// The pods of this host; makes the directories that are missing.
     fn registry(&self) -> Result<Registry, Failure> {
-        Ok(Registry::open(self.directories.clone())?)
+        Ok(Registry::open(
+            self.directories.clone(),
+            |directories, pod| {
+                let limit = Limits::from_environment().call;
+                Ok(networks::release(directories, pod, limit)?)
+            },
+        )?)
     }
 }
 
@@ -110,6 +120,8 @@ fn main() -> ExitCode {
         Command::Load(args) => commands::load::run(&host, &args),
         Command::Images(args) => commands::images::run(&host, &args),
         Command::Rmi(args) => commands::rmi::run(&host, &args),
+        Command::Network(args) => commands::network::run(&host, args),
+        Command::PortForward(args) => commands::port_forward::run(&host, &args),
         Command::Check(args) => commands::check::run(&host, &args),
         Command::Gc(args) => commands::gc::run(&host, &args),
         Command::Completion(args) => commands::completion::run(&args),

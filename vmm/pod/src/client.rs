@@ -211,6 +211,18 @@ impl Client {
         })
     }
 
+    /// Connects to a TCP port of the pod, as if from within it. The connection is a socket in
+    /// blocking mode, and outlives this client.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when nobody listens there.
+    pub async fn forward(&self, port: u16) -> Result<OwnedFd, ClientError> {
+        match self.ask(&Request::Forward { port }).await? {
+            (Reply::Forwarded, mut streams) => streams.pop().ok_or(ClientError::Unexpected),
+            _ => Err(ClientError::Unexpected),
+        }
+    }
+
     async fn ask(&self, request: &Request) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
         self.channel.send(request, &[]).await?;
         match self.channel.receive().await? {

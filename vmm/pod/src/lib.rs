@@ -6,6 +6,8 @@ pub mod events;
 pub mod images;
 pub mod logs;
 pub mod manifest;
+pub mod network;
+pub mod networks;
 pub mod oci;
 pub mod signal;
 pub mod state;

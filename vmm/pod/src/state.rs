@@ -6,6 +6,7 @@
 //!   pods/ID/lock                 flock'ed by the supervisor as long as it lives
 //!   pods/ID/state.json           [`PodStatus`], replaced atomically
 //!   pods/ID/pod.json             the manifest, as it was understood
+//!   pods/ID/network.json         see [`crate::networks`]
 //!   pods/ID/events.jsonl         see [`crate::events`]
 //!   pods/ID/supervisor.sock      see [`crate::client`]
 //!   pods/ID/console.log          the end of the guest's console
@@ -22,10 +23,13 @@ mod registry;
 mod status;
 
 pub use directories::{Directories, PodDir, PodId};
-pub(crate) use directories::{private_dir, replace as replace_file};
-pub use registry::{Claim, Liveness, PodRecord, Registry};
+pub(crate) use directories::{open_private, private_dir, replace as replace_file};
+pub use registry::{Claim, Liveness, PodRecord, Registry, Release};
 pub(crate) use registry::{read_record, remove_tree, write_status};
-pub use status::{ContainerState, ContainerStatus, Phase, PodStatus, Running, Terminated, Waiting};
+pub use status::{
+    ContainerState, ContainerStatus, NetworkStatus, Phase, PodIp, PodStatus, Running, Terminated,
+    Waiting,
+};
 
 use std::io;
 use std::path::PathBuf;
@@ -62,6 +66,11 @@ pub enum StateError {
     Ambiguous(String),
     #[error("pod {0:?} is running; stop it first, or force it: hull rm -f {0}")]
     StillRunning(String),
+    #[error("giving back what pod {id} has outside of its directories")]
+    Release {
+        id: PodId,
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
 }
 
 impl StateError {

@@ -3,7 +3,8 @@
 use std::fs;
 use std::io::IsTerminal;
 
-use hull_pod::supervisor::Installation;
+use hull_pod::networks::Netavark;
+use hull_pod::supervisor::{Installation, Limits};
 use kvm_ioctls::Kvm;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2, statfs};
 use serde::Serialize;
@@ -82,6 +83,7 @@ pub fn run(host: &Host, args: &Args) -> Result<(), Failure> {
         control_groups(),
         privileges(),
         installation(),
+        networks(host),
         directories(host),
     ];
     match args.output.output {
@@ -272,6 +274,19 @@ fn installation() -> Finding {
             format!("{}, {}", found.vmm.display(), found.kernel.display()),
         ),
         Err(error) => Finding::failure(WHAT, error.to_string(), error.remedy()),
+    }
+}
+
+fn networks(host: &Host) -> Finding {
+    const WHAT: &str = "networks";
+    match Netavark::find(&host.directories, Limits::from_environment().call) {
+        Ok(_) => Finding::ok(WHAT, "netavark and aardvark-dns are there"),
+        Err(error) => Finding::bad(
+            WHAT,
+            Verdict::Warning,
+            hull_pod::text::chain(&error),
+            "pods run all the same with --network none or ns:PATH",
+        ),
     }
 }
 

@@ -10,6 +10,8 @@ pub mod inspect;
 pub mod kill;
 pub mod load;
 pub mod logs;
+pub mod network;
+pub mod port_forward;
 pub mod ps;
 pub mod rm;
 pub mod rmi;

@@ -1,6 +1,6 @@
 //! `hull ps`: the pods of this host.
 
-use hull_pod::state::{Liveness, PodRecord};
+use hull_pod::state::{Liveness, PodRecord, PodStatus};
 
 use crate::Host;
 use crate::failure::Failure;
@@ -40,7 +40,16 @@ pub fn run(host: &Host, args: &Args) -> Result<(), Failure> {
 fn table(pods: &[PodRecord], wide: bool) -> Vec<Vec<String>> {
     let mut header = row(["NAME", "READY", "STATUS", "RESTARTS", "AGE"]);
     if wide {
-        header.extend(row(["ID", "SUPERVISOR", "VMM", "KERNEL", "IMAGES"]));
+        header.extend(row([
+            "IP",
+            "NETWORKS",
+            "PORTS",
+            "ID",
+            "SUPERVISOR",
+            "VMM",
+            "KERNEL",
+            "IMAGES",
+        ]));
     }
     let mut rows = vec![header];
     for pod in pods {
@@ -57,6 +66,7 @@ fn table(pods: &[PodRecord], wide: bool) -> Vec<Vec<String>> {
         if wide {
             let number = |n: Option<u32>| n.map_or_else(|| "-".into(), |n| n.to_string());
             let images: Vec<&str> = status.containers.iter().map(|c| c.image.as_str()).collect();
+            cells.extend(network_cells(status));
             cells.extend([
                 status.id.to_string(),
                 number(status.supervisor_pid),
@@ -68,4 +78,54 @@ fn table(pods: &[PodRecord], wide: bool) -> Vec<Vec<String>> {
         rows.push(cells);
     }
     rows
+}
+
+/// Addresses, networks and published ports.
+fn network_cells(status: &PodStatus) -> [String; 3] {
+    let shown = |texts: Vec<String>| match texts.as_slice() {
+        [] => "-".to_owned(),
+        texts => texts.join(","),
+    };
+    let addresses = status.pod_ips.iter().map(|ip| ip.ip.to_string()).collect();
+    let Some(network) = &status.network else {
+        return [shown(addresses), shown(vec![]), shown(vec![])];
+    };
+    let namespace = network
+        .namespace
+        .iter()
+        .map(|path| format!("ns:{}", path.display()));
+    let networks = network.names.iter().cloned().chain(namespace).collect();
+    [
+        shown(addresses),
+        shown(networks),
+        shown(network.ports.clone()),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hull_pod::state::NetworkStatus;
+    use serde_json::json;
+
+    #[test]
+    fn networks_are_shown_where_there_are_any() {
+        let mut status: PodStatus = serde_json::from_value(json!({
+            "id": "0123456789ab", "name": "web", "phase": "Running", "createdAt": "2026-01-01T00:00:00Z",
+            "restartPolicy": "Always", "completed": false, "containerStatuses": [],
+        }))
+        .unwrap();
+        assert_eq!(network_cells(&status), ["-", "-", "-"]);
+
+        status.set_addresses(&[[10, 83, 0, 2].into()]);
+        status.network = Some(NetworkStatus {
+            names: vec!["a".into(), "b".into()],
+            namespace: None,
+            ports: vec!["0.0.0.0:8080->80/tcp".into()],
+        });
+        assert_eq!(
+            network_cells(&status),
+            ["10.83.0.2", "a,b", "0.0.0.0:8080->80/tcp"]
+        );
+    }
 }

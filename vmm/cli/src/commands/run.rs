@@ -1,6 +1,7 @@
 //! `hull run`: the pods of a manifest, from start to end.
 
 mod attendance;
+mod networking;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -8,6 +9,7 @@ use std::path::PathBuf;
 use hull_pod::client::Client;
 use hull_pod::images::{ImageError, Store};
 use hull_pod::manifest::{self, PodManifest, RestartPolicy};
+use hull_pod::networks::Networks;
 use hull_pod::oci::{self, SpecError};
 use hull_pod::state::{Claim, ContainerStatus, Liveness, PodDir, Registry, StateError};
 use hull_pod::supervisor::Installation;
@@ -19,6 +21,7 @@ use crate::Host;
 use crate::failure::Failure;
 use crate::pods;
 use attendance::{Attendance, Interrupts};
+use networking::{NetworkArgs, Networking};
 
 /// Run the pods of a manifest
 ///
@@ -43,6 +46,8 @@ pub struct Args {
     /// When each line was printed
     #[arg(long, conflicts_with = "detach")]
     timestamps: bool,
+    #[command(flatten)]
+    networking: NetworkArgs,
 }
 
 pub fn run(host: &Host, args: Args) -> Result<(), Failure> {
@@ -55,11 +60,12 @@ pub fn run(host: &Host, args: Args) -> Result<(), Failure> {
         examine(manifest, &store)?;
     }
     Installation::find()?;
+    let networking = Networking::check(&args.networking, &manifests, &host.directories)?;
 
     pods::runtime()?.block_on(async {
         // From here on a Ctrl-C waits until it can be done right.
         let interrupts = Interrupts::new()?;
-        let clients = start(&registry, &manifests, args.replace).await?;
+        let clients = start(&registry, &manifests, &networking, args.replace).await?;
         Attendance::new(clients, interrupts, &args)
             .attend(&registry, &args)
             .await
@@ -121,8 +127,10 @@ fn examine(manifest: &PodManifest, store: &Store) -> Result<(), Failure> {
 async fn start(
     registry: &Registry,
     manifests: &[PodManifest],
+    networking: &Networking,
     replace: bool,
 ) -> Result<Vec<Client>, Failure> {
+    let networks = Networks::open(registry.directories())?;
     let mut claims: Vec<Claim> = Vec::new();
     for manifest in manifests {
         if replace
@@ -131,14 +139,17 @@ async fn start(
         {
             pods::stop(&record, None).await?;
         }
-        match claim(registry, manifest) {
-            Ok(claim) => claims.push(claim),
-            Err(error) => {
-                for claim in claims {
-                    registry.abandon(claim)?;
-                }
-                return Err(error.into());
+        let claimed = claim(registry, manifest).map_err(Failure::from);
+        let ready = claimed.and_then(|claim| {
+            let reserved = networking.reserve(&networks, &claim, manifest);
+            claims.push(claim);
+            reserved
+        });
+        if let Err(failure) = ready {
+            for claim in claims {
+                registry.abandon(claim)?;
             }
+            return Err(failure);
         }
     }
 

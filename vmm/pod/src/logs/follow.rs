@@ -136,8 +136,11 @@ mod tests {
     use crate::state::{Claim, ContainerStatus, Directories, Registry, write_status};
 
     fn pod(root: &Path) -> Claim {
-        let registry =
-            Registry::open(Directories::new(root.join("run"), root.join("data"))).unwrap();
+        let registry = Registry::open(
+            Directories::new(root.join("run"), root.join("data")),
+            |_, _| Ok(()),
+        )
+        .unwrap();
         let containers = vec![ContainerStatus::new("main", "busybox")];
         registry
             .claim("web", "Always", vec![], containers, None)

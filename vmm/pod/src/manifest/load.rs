@@ -345,6 +345,22 @@ mod tests {
                 "must be one of TCP, UDP, SCTP",
             ),
             (
+                "ports: [{containerPort: 1, hostPort: 65536}]",
+                "hostPort: 65536: must be 0 to 65535",
+            ),
+            (
+                "ports: [{containerPort: 1, hostPort: 1, hostIP: here}]",
+                "hostIP: \"here\": must be an IP address",
+            ),
+            (
+                "ports: [{containerPort: 1, hostPort: 1, protocol: SCTP}]",
+                "hostPort: 1: not supported yet for SCTP",
+            ),
+            (
+                "ports: [{containerPort: 1, hostPort: 80}, {containerPort: 2, hostPort: 80}]",
+                "ports[1].hostPort: 80: another port of the Pod has this",
+            ),
+            (
                 "env: [{name: A=B, value: x}]",
                 "env[0].name: \"A=B\": must be of printable",
             ),
@@ -409,6 +425,29 @@ mod tests {
             (
                 "hostAliases: [{ip: x}]",
                 "hostAliases[0].ip: \"x\": must be an IP address",
+            ),
+            (
+                "hostNetwork: true",
+                "hostNetwork: true: a pod is a machine of its own",
+            ),
+            ("dnsPolicy: Best", "must be one of ClusterFirst"),
+            ("dnsPolicy: None", "needs at least one of dnsConfig"),
+            (
+                "dnsConfig: {nameservers: [a]}",
+                "nameservers[0]: \"a\": must be an IP address",
+            ),
+            (
+                "dnsConfig: {searches: ['a b']}",
+                "searches[0]: \"a b\": must be a name",
+            ),
+            (
+                "dnsConfig: {options: [{name: \"a\\nb\"}]}",
+                "options[0].name: \"a\\nb\": must be a word",
+            ),
+            ("subdomain: a.b", "subdomain: \"a.b\": must be"),
+            (
+                "subdomain: a23456789-123456789-123456789, setHostnameAsFQDN: true, hostname: b23456789",
+                "longer than 64",
             ),
             (
                 "securityContext: {sysctls: [{name: kernel.panic, value: '1'}]}",

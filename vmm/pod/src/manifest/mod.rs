@@ -52,6 +52,19 @@ impl PodManifest {
         self.pod.metadata.namespace.as_deref().unwrap_or("default")
     }
 
+    /// `spec.hostname`, or as much of the pod's name as a hostname may be long.
+    #[must_use]
+    pub fn hostname(&self) -> String {
+        hostname(self.name(), &self.spec)
+    }
+
+    /// The hostname with its domain, of a pod with `spec.subdomain`. The cluster's domain is
+    /// Kubernetes' default.
+    #[must_use]
+    pub fn qualified_hostname(&self) -> Option<String> {
+        qualified_hostname(self.name(), self.namespace(), &self.spec)
+    }
+
     #[must_use]
     pub fn spec(&self) -> &PodSpec {
         &self.spec
@@ -83,5 +96,37 @@ impl PodManifest {
     pub fn termination_grace_period(&self) -> Duration {
         let seconds = self.spec.termination_grace_period_seconds.unwrap_or(30);
         Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
+    }
+}
+
+/// A pod's name may be longer than a hostname (HOST_NAME_MAX less what DNS can't have).
+fn hostname(name: &str, spec: &PodSpec) -> String {
+    const MAX_HOSTNAME: usize = 63;
+    spec.hostname.clone().unwrap_or_else(|| {
+        let cut: String = name.chars().take(MAX_HOSTNAME).collect();
+        cut.trim_end_matches(['-', '.']).to_owned()
+    })
+}
+
+fn qualified_hostname(name: &str, namespace: &str, spec: &PodSpec) -> Option<String> {
+    let subdomain = spec.subdomain.as_deref().filter(|s| !s.is_empty())?;
+    let hostname = hostname(name, spec);
+    Some(format!(
+        "{hostname}.{subdomain}.{namespace}.svc.cluster.local"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_name_is_cut_to_a_hostname() {
+        let spec = PodSpec::default();
+
+        let cut = hostname(&format!("{}.b", "a".repeat(62)), &spec);
+
+        assert_eq!(cut, "a".repeat(62));
+        assert_eq!(qualified_hostname("web", "default", &spec), None);
     }
 }

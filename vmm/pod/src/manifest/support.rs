@@ -15,8 +15,14 @@ const POD: &[&str] = &[
     "metadata.labels.*",
     "metadata.name",
     "metadata.namespace",
+    "spec.dnsConfig.nameservers.*",
+    "spec.dnsConfig.options.name",
+    "spec.dnsConfig.options.value",
+    "spec.dnsConfig.searches.*",
+    "spec.dnsPolicy",
     "spec.hostAliases.hostnames.*",
     "spec.hostAliases.ip",
+    "spec.hostNetwork",
     "spec.hostname",
     "spec.restartPolicy",
     "spec.securityContext.fsGroup",
@@ -27,7 +33,9 @@ const POD: &[&str] = &[
     "spec.securityContext.supplementalGroups.*",
     "spec.securityContext.sysctls.name",
     "spec.securityContext.sysctls.value",
+    "spec.setHostnameAsFQDN",
     "spec.shareProcessNamespace",
+    "spec.subdomain",
     "spec.terminationGracePeriodSeconds",
     "spec.volumes.emptyDir.medium",
     "spec.volumes.emptyDir.sizeLimit",
@@ -78,6 +86,8 @@ const CONTAINER: &[&str] = &[
     "imagePullPolicy",
     "name",
     "ports.containerPort",
+    "ports.hostIP",
+    "ports.hostPort",
     "ports.name",
     "ports.protocol",
     "resources.limits.cpu",
@@ -109,12 +119,7 @@ const CONTAINER_WITHOUT_MEANING: &[&str] =
 
 /// Fields that may be set to these values only, which are what Hull does anyway.
 const POD_FIXED: &[(&str, &[Fixed])] = &[
-    (
-        "spec.dnsPolicy",
-        &[Fixed::Text("ClusterFirst"), Fixed::Text("Default")],
-    ),
     ("spec.hostIPC", &[Fixed::Flag(false)]),
-    ("spec.hostNetwork", &[Fixed::Flag(false)]),
     ("spec.hostPID", &[Fixed::Flag(false)]),
     ("spec.hostUsers", &[Fixed::Flag(true)]),
     ("spec.os.name", &[Fixed::Text("linux")]),
@@ -126,11 +131,9 @@ const POD_FIXED: &[(&str, &[Fixed])] = &[
         "spec.securityContext.supplementalGroupsPolicy",
         &[Fixed::Text("Merge")],
     ),
-    ("spec.setHostnameAsFQDN", &[Fixed::Flag(false)]),
 ];
 
 const CONTAINER_FIXED: &[(&str, &[Fixed])] = &[
-    ("ports.hostPort", &[Fixed::Zero]),
     (
         "securityContext.appArmorProfile.type",
         &[Fixed::Text("Unconfined")],
@@ -149,7 +152,6 @@ const CONTAINER_FIXED: &[(&str, &[Fixed])] = &[
 enum Fixed {
     Flag(bool),
     Text(&'static str),
-    Zero,
 }
 
 impl Fixed {
@@ -157,7 +159,6 @@ impl Fixed {
         match (self, &node.value) {
             (Self::Flag(allowed), Value::Bool(value)) => allowed == *value,
             (Self::Text(allowed), Value::String(value)) => allowed == value,
-            (Self::Zero, Value::Int(value)) => *value == 0,
             _ => false,
         }
     }
@@ -168,7 +169,6 @@ impl std::fmt::Display for Fixed {
         match self {
             Self::Flag(value) => write!(f, "{value}"),
             Self::Text(value) => f.write_str(value),
-            Self::Zero => f.write_str("0"),
         }
     }
 }
@@ -320,16 +320,12 @@ mod tests {
     #[test]
     fn a_fixed_field_says_what_it_may_be() {
         assert_eq!(
-            faults("{hostNetwork: true}"),
-            "f:1: spec.hostNetwork: true: not supported yet; only false"
+            faults("{hostPID: true}"),
+            "f:1: spec.hostPID: true: not supported yet; only false"
         );
         assert_eq!(
             faults("{containers: [{securityContext: {privileged: true}}]}"),
             "f:1: spec.containers[0].securityContext.privileged: true: not supported yet; only false"
-        );
-        assert_eq!(
-            faults("{containers: [{ports: [{containerPort: 80, hostPort: 8080}]}]}"),
-            "f:1: spec.containers[0].ports[0].hostPort: 8080: not supported yet; only 0"
         );
     }
 

@@ -47,8 +47,6 @@ const READ_ONLY_PATHS: &[&str] = &[
     "/proc/sys",
     "/proc/sysrq-trigger",
 ];
-/// A hostname's longest (HOST_NAME_MAX less what DNS can't have).
-const MAX_HOSTNAME: usize = 63;
 
 /// What the agent is told of a container, but for its streams and its root.
 #[derive(Debug, Clone)]
@@ -179,22 +177,16 @@ pub fn infra(manifest: &PodManifest) -> InfraSpec {
         .iter()
         .flat_map(|context| context.sysctls.iter().flatten());
     InfraSpec {
-        hostname: spec
-            .hostname
-            .clone()
-            .unwrap_or_else(|| hostname_of(manifest.name())),
+        hostname: manifest
+            .qualified_hostname()
+            .filter(|_| spec.set_hostname_as_fqdn == Some(true))
+            .unwrap_or_else(|| manifest.hostname()),
         share_process_namespace: spec.share_process_namespace.unwrap_or(false),
         sysctls: sysctls
             .map(|sysctl| (sysctl.name.replace('/', "."), sysctl.value.clone()))
             .collect(),
         shm_bytes: 0,
     }
-}
-
-/// A pod's name is longer than a hostname may be.
-fn hostname_of(name: &str) -> String {
-    let cut: String = name.chars().take(MAX_HOSTNAME).collect();
-    cut.trim_end_matches(['-', '.']).to_owned()
 }
 
 fn additional_gids(manifest: &PodManifest) -> Vec<u32> {

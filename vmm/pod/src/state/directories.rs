@@ -142,6 +142,12 @@ impl PodDir {
         self.run.join("pod.json")
     }
 
+    /// What the pod has of named networks.
+    #[must_use]
+    pub fn network(&self) -> PathBuf {
+        self.run.join("network.json")
+    }
+
     #[must_use]
     pub fn events(&self) -> PathBuf {
         self.run.join("events.jsonl")

@@ -1,5 +1,6 @@
 //! Which pods there are, which of them live, and that no two living ones share a name.
 
+use std::error::Error;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -38,18 +39,26 @@ pub struct Claim {
     pub lock: File,
 }
 
+/// Gives back what a dead pod has outside of its directories, before they are removed and nobody
+/// knows of it any more.
+pub type Release = fn(&Directories, &PodDir) -> Result<(), Box<dyn Error + Send + Sync>>;
+
 /// The pods under one pair of directories.
 #[derive(Debug, Clone)]
 pub struct Registry {
     directories: Directories,
+    release: Release,
 }
 
 impl Registry {
     /// # Errors
     /// When the directories can't be made, or aren't ours alone.
-    pub fn open(directories: Directories) -> Result<Self, StateError> {
+    pub fn open(directories: Directories, release: Release) -> Result<Self, StateError> {
         directories.prepare()?;
-        Ok(Self { directories })
+        Ok(Self {
+            directories,
+            release,
+        })
     }
 
     #[must_use]
@@ -78,7 +87,7 @@ impl Registry {
                         id: record.status.id,
                     });
                 }
-                Liveness::Dead => remove_dead(&record.dir)?,
+                Liveness::Dead => self.remove_dead(&record.dir)?,
             }
         }
 
@@ -99,6 +108,9 @@ impl Registry {
             finished_at: None,
             supervisor_pid: None,
             vmm_pid: None,
+            pod_ip: None,
+            pod_ips: Vec::new(),
+            network: None,
             restart_policy: restart_policy.into(),
             completed: false,
             first_failure: None,
@@ -160,7 +172,7 @@ impl Registry {
         if liveness(&record.dir)? == Liveness::Alive {
             return Err(StateError::StillRunning(record.status.name.clone()));
         }
-        remove_dead(&record.dir)
+        self.remove_dead(&record.dir)
     }
 
     /// Gives up a claim for which no supervisor was started.
@@ -170,7 +182,7 @@ impl Registry {
     pub fn abandon(&self, claim: Claim) -> Result<(), StateError> {
         let _names = self.directories.lock_names()?;
         drop(claim.lock);
-        remove_dead(&claim.dir)
+        self.remove_dead(&claim.dir)
     }
 
     /// Removes all that dead supervisors left. `ended_too`: also pods that ended in order.
@@ -192,11 +204,28 @@ impl Registry {
             }
             let ended_in_order = read_status(&dir).is_ok_and(|s| s.phase.ended());
             if ended_too || !ended_in_order {
-                remove_dead(&dir)?;
+                self.remove_dead(&dir)?;
                 removed.push(id);
+            } else {
+                // In order but for that, perhaps.
+                self.release(&dir)?;
             }
         }
         Ok(removed)
+    }
+
+    /// Removes a dead pod's directories, data first: as long as something is left, `gc` finds it.
+    fn remove_dead(&self, dir: &PodDir) -> Result<(), StateError> {
+        self.release(dir)?;
+        remove_tree(dir.data())?;
+        remove_tree(dir.run())
+    }
+
+    fn release(&self, dir: &PodDir) -> Result<(), StateError> {
+        (self.release)(&self.directories, dir).map_err(|source| StateError::Release {
+            id: dir.id().clone(),
+            source,
+        })
     }
 
     fn ids(&self, pods: &Path) -> Result<Vec<PodId>, StateError> {
@@ -280,12 +309,6 @@ pub(crate) fn liveness(dir: &PodDir) -> Result<Liveness, StateError> {
     }
 }
 
-/// Removes a dead pod's directories, data first: as long as something is left, `gc` finds it.
-fn remove_dead(dir: &PodDir) -> Result<(), StateError> {
-    remove_tree(dir.data())?;
-    remove_tree(dir.run())
-}
-
 /// Removes a directory tree that a pod wrote to, but nothing that is mounted in it.
 ///
 /// A supervisor's mounts are private to it and gone when it is. Should one be here all the
@@ -343,7 +366,7 @@ mod tests {
     fn registry() -> (tempfile::TempDir, Registry) {
         let root = tempfile::tempdir().unwrap();
         let dirs = Directories::new(root.path().join("run"), root.path().join("data"));
-        let registry = Registry::open(dirs).unwrap();
+        let registry = Registry::open(dirs, |_, _| Ok(())).unwrap();
         (root, registry)
     }
 
@@ -434,6 +457,20 @@ mod tests {
 
         assert_eq!((first, second), (vec![dead], vec![ended_id]));
         assert_eq!(registry.list().unwrap()[0].status.id, alive.status.id);
+    }
+
+    #[test]
+    fn what_cant_be_given_back_keeps_its_directories() {
+        let (_root, mut registry) = registry();
+        registry.release = |_, _| Err("no way".into());
+        let web = claim(&registry, "web").unwrap();
+        let dir = web.dir.clone();
+        drop(web);
+
+        let failed = registry.collect_garbage(true);
+
+        assert!(matches!(failed, Err(StateError::Release { id, .. }) if id == *dir.id()));
+        assert!(dir.run().exists() && dir.data().exists());
     }
 
     #[test]

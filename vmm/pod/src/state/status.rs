@@ -1,5 +1,8 @@
 //! What is known of a pod, in the words of Kubernetes.
 
+use std::net::IpAddr;
+use std::path::PathBuf;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -59,6 +62,13 @@ pub struct PodStatus {
     /// `hull-vmm`, as the host sees it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vmm_pid: Option<u32>,
+    /// The first of [`Self::pod_ips`].
+    #[serde(default, rename = "podIP", skip_serializing_if = "Option::is_none")]
+    pub pod_ip: Option<IpAddr>,
+    #[serde(default, rename = "podIPs", skip_serializing_if = "Vec::is_empty")]
+    pub pod_ips: Vec<PodIp>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkStatus>,
     pub restart_policy: String,
     /// Every container has ended and none will be started again.
     pub completed: bool,
@@ -98,6 +108,12 @@ impl PodStatus {
             .find(|c| c.name == name)
     }
 
+    /// Sets the pod's addresses, the first one first.
+    pub fn set_addresses(&mut self, addresses: &[IpAddr]) {
+        self.pod_ip = addresses.first().copied();
+        self.pod_ips = addresses.iter().map(|ip| PodIp { ip: *ip }).collect();
+    }
+
     #[must_use]
     pub fn container(&self, name: &str) -> Option<&ContainerStatus> {
         self.all_containers().find(|c| c.name == name)
@@ -113,6 +129,26 @@ impl PodStatus {
             (None, _) => 0,
         }
     }
+}
+
+/// An address of a pod.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PodIp {
+    pub ip: IpAddr,
+}
+
+/// What a pod has of the host's networks.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkStatus {
+    /// Of named networks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub names: Vec<String>,
+    /// Somebody else's network namespace, in which it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<PathBuf>,
+    /// `0.0.0.0:8080->80/tcp`
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<String>,
 }
 
 /// One container of a pod.
@@ -218,6 +254,9 @@ mod tests {
             finished_at: None,
             supervisor_pid: Some(1),
             vmm_pid: None,
+            pod_ip: None,
+            pod_ips: vec![],
+            network: None,
             restart_policy: "Always".into(),
             completed: false,
             first_failure: None,
@@ -255,6 +294,17 @@ mod tests {
             json["containerStatuses"][0]["state"]["waiting"]["reason"],
             "ContainerCreating"
         );
+    }
+
+    #[test]
+    fn addresses_are_spelt_as_in_kubernetes() {
+        let mut pod = pod();
+        pod.set_addresses(&["10.83.0.2".parse().unwrap(), "fd00::2".parse().unwrap()]);
+
+        let json = serde_json::to_value(pod).unwrap();
+
+        assert_eq!(json["podIP"], "10.83.0.2");
+        assert_eq!(json["podIPs"][1]["ip"], "fd00::2");
     }
 
     #[test]

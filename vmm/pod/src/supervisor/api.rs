@@ -25,6 +25,8 @@ pub enum Request {
     Kill { target: Target, signal: u32 },
     /// Runs a process. Answered by [`Reply::ExecStarted`], and at its end [`Reply::ExecEnded`].
     Exec(Exec),
+    /// Connects to a TCP port of the pod. Answered by [`Reply::Forwarded`].
+    Forward { port: u16 },
     /// The size of the terminal of this connection's process. Answered by nothing.
     Resize(Size),
 }
@@ -69,6 +71,8 @@ pub enum Reply {
         stdin: bool,
         stderr: bool,
     },
+    /// Attached: the connection, as a stream in both directions with an end of its own in each.
+    Forwarded,
     ExecEnded {
         exit_code: i32,
     },
@@ -100,6 +104,7 @@ impl Message for Request {
 impl Message for Reply {
     fn descriptors(&self) -> usize {
         match self {
+            Self::Forwarded => 1,
             Self::ExecStarted { stdin, stderr } => 1 + usize::from(*stdin) + usize::from(*stderr),
             _ => 0,
         }

@@ -32,6 +32,7 @@ use rustix::fs::Mode;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::manifest::PodManifest;
+use crate::networks::{Attachment, NetworkError};
 use crate::state::{Directories, PodId, StateError, read_record};
 use crate::text::chain;
 use crate::volumes::VolumeError;
@@ -64,6 +65,8 @@ pub enum SupervisorError {
     State(#[from] StateError),
     #[error("the pod's socket")]
     Socket(#[from] SocketError),
+    #[error("the pod's network")]
+    Network(#[from] NetworkError),
     #[error("reading the pod's manifest")]
     Manifest(#[source] serde_json::Error),
 }
@@ -124,6 +127,7 @@ async fn serve(
     let manifest = read_manifest(&dir.manifest())?;
     let mut status = read_record(dir.clone())?.status;
     status.supervisor_pid = Some(std::process::id());
+    status.network = Attachment::open(directories, &dir)?.map(|attachment| attachment.status());
     let record = Arc::new(Record::new(dir.clone(), status)?);
     let stop = Stop::new(manifest.termination_grace_period());
     let service = Arc::new(Service {

@@ -28,7 +28,7 @@ use crate::manifest::PodManifest;
 use crate::oci;
 use crate::state::{ContainerState, Directories, Phase, PodStatus, Terminated, remove_tree};
 use crate::text::chain;
-use crate::volumes::{MemoryVolume, Share};
+use crate::volumes::{MemoryVolume, NetworkFacts, Share};
 
 /// So many lines of the console are kept with a failure. A panic with its call trace takes up to 80.
 const CONSOLE_TAIL: usize = 100;
@@ -84,7 +84,17 @@ impl Pod {
         };
         // First what is left, then the last word: who reads it finds nothing any more.
         let dir = self.record.dir().clone();
-        let cleaned = tokio::task::spawn_blocking(move || clean(&dir)).await;
+        let directories = self.directories.clone();
+        let call = self.service.limits.call;
+        let cleaned = tokio::task::spawn_blocking(move || {
+            // Addresses and ports are free at once; else only when the pod is removed.
+            let released = crate::networks::release(&directories, &dir, call);
+            if let Err(error) = released {
+                tracing::error!(error = chain(&error), "giving back the pod's network");
+            }
+            clean(&dir)
+        })
+        .await;
         if let Ok(Err(error)) = cleaned {
             tracing::error!(error = chain(&error), "removing what is left of the pod");
         }
@@ -162,7 +172,7 @@ impl Pod {
             crate::state::private_dir(&dir.share())?;
             let share = Share::create(&dir.share(), dir.data())?;
             let memory_volumes = share.bind_volumes(&manifest)?;
-            share.write_etc(&manifest)?;
+            share.write_etc(&manifest, &NetworkFacts::default())?;
             let prepare = |container: &k8s_openapi::api::core::v1::Container, init| {
                 let reference = container.image.as_deref().unwrap_or_default();
                 let image = store.resolve(reference)?;

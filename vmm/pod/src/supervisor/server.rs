@@ -1,5 +1,6 @@
 //! Answers the pod's clients. They are the pod's own user, and bounded all the same.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -95,6 +96,14 @@ impl Service {
                     Ok(agent) => return exec::serve(agent, &request, channel, self.limits).await,
                     Err(refused) => refused,
                 },
+                Request::Forward { port } => match self.forward(port).await {
+                    // The client's copy is the only one that stays.
+                    Ok(stream) => {
+                        channel.send(&Reply::Forwarded, &[stream.as_fd()]).await?;
+                        continue;
+                    }
+                    Err(refused) => refused,
+                },
                 Request::Start | Request::Resize(_) => Reply::Refused {
                     kind: Refusal::Failed,
                     message: "this connection is not one for that".into(),
@@ -102,6 +111,14 @@ impl Service {
             };
             channel.send(&reply, &[]).await?;
         }
+    }
+
+    async fn forward(&self, port: u16) -> Result<OwnedFd, Reply> {
+        let agent = self.agent.get().ok_or_else(not_up)?;
+        agent
+            .forward(None, port)
+            .await
+            .map_err(|error| refusal(&error))
     }
 
     async fn kill(&self, target: &Target, signal: u32) -> Result<(), Reply> {
@@ -168,7 +185,7 @@ mod tests {
     fn pod() -> (tempfile::TempDir, Arc<Service>, Client, std::fs::File) {
         let root = tempfile::tempdir().unwrap();
         let dirs = Directories::new(root.path().join("run"), root.path().join("data"));
-        let registry = Registry::open(dirs).unwrap();
+        let registry = Registry::open(dirs, |_, _| Ok(())).unwrap();
         let containers = vec![ContainerStatus::new("one", "busybox")];
         let Claim { dir, status, lock } = registry
             .claim("web", "Always", vec![], containers, None)
@@ -243,6 +260,13 @@ mod tests {
         assert_not_running(client.kill(Target::Infra, 9).await);
         assert_not_running(client.kill(Target::Container("one".into()), 9).await);
         assert_not_running(client.kill(Target::Container("other".into()), 9).await);
+    }
+
+    #[tokio::test]
+    async fn what_is_not_up_has_no_ports() {
+        let (_root, _service, client, _lock) = pod();
+
+        assert_not_running(client.forward(80).await);
     }
 
     #[tokio::test]

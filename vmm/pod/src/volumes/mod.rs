@@ -13,6 +13,7 @@ mod share;
 
 use std::io;
 
+pub use etc::NetworkFacts;
 pub use host_path::check;
 use k8s_openapi::api::core::v1::EmptyDirVolumeSource;
 pub use mounts::enter_private_namespace;

@@ -12,7 +12,7 @@ use rustix::mount::{MountAttrFlags, UnmountFlags};
 
 use super::mounts::{self, GUEST, Propagation};
 use super::overlay::Layers;
-use super::{Doing, MemoryVolume, VolumeError, etc, host_path, is_memory};
+use super::{Doing, MemoryVolume, NetworkFacts, VolumeError, etc, host_path, is_memory};
 use crate::images::Image;
 use crate::manifest::{PodManifest, Quantity};
 use crate::oci;
@@ -113,15 +113,22 @@ impl Share {
     ///
     /// # Errors
     /// When a file can't be written.
-    pub fn write_etc(&self, manifest: &PodManifest) -> Result<(), VolumeError> {
+    pub fn write_etc(
+        &self,
+        manifest: &PodManifest,
+        network: &NetworkFacts,
+    ) -> Result<(), VolumeError> {
         let doing = || "writing the pod's files of /etc".to_owned();
         let hostname = oci::infra(manifest).hostname;
         // Its own file system, so that a container that fills it fills nothing else.
         let tree = mounts::tmpfs("1m", "64").doing(doing)?;
         let files = [
-            ("hosts", etc::hosts(manifest, &hostname).into_bytes()),
+            ("hosts", etc::hosts(manifest, network).into_bytes()),
             ("hostname", format!("{hostname}\n").into_bytes()),
-            ("resolv.conf", etc::resolv_conf()),
+            (
+                "resolv.conf",
+                etc::resolv_conf(manifest, network).into_bytes(),
+            ),
         ];
         for (name, content) in files {
             let mut file = std::fs::File::from(create_file(&tree, name).doing(doing)?);

@@ -238,7 +238,8 @@ fn empty_dirs_are_for_everybody_and_of_the_group() {
 fn files_of_etc_can_be_written_and_filled_without_harm() {
     in_private_namespace(|dir| {
         let lab = Lab::new(dir);
-        lab.share.write_etc(&pod("", "", "")).unwrap();
+        let facts = NetworkFacts::default();
+        lab.share.write_etc(&pod("", "", ""), &facts).unwrap();
         assert_eq!(
             std::fs::read_to_string(lab.at("etc/hostname")).unwrap(),
             "p\n"

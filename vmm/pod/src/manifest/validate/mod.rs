@@ -1,11 +1,11 @@
 //! Kubernetes' rules for a Pod, and those of Hull.
 
 mod container;
+mod network;
 mod security;
 mod volume;
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
 use std::ops::RangeInclusive;
 
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
@@ -57,7 +57,10 @@ pub fn pod(pod: &Pod, path: &FieldPath, problems: &mut Problems) {
         );
     }
     match &pod.spec {
-        Some(spec) => check_spec(spec, &path.field("spec"), problems),
+        Some(spec) => {
+            check_spec(spec, &path.field("spec"), problems);
+            network::check(pod, spec, &path.field("spec"), problems);
+        }
         None => problems.add(
             path.field("spec"),
             "is missing; a Pod needs spec.containers",
@@ -78,23 +81,6 @@ fn check_spec(spec: &PodSpec, path: &FieldPath, problems: &mut Problems) {
         spec.termination_grace_period_seconds,
         0..=i64::from(i32::MAX),
     );
-    if let Some(hostname) = &spec.hostname {
-        form(problems, path.field("hostname"), hostname, names::LABEL);
-    }
-    for (index, alias) in spec.host_aliases.iter().flatten().enumerate() {
-        let at = path.field("hostAliases").index(index);
-        if alias.ip.parse::<IpAddr>().is_err() {
-            problems.add(at.field("ip"), "must be an IP address");
-        }
-        for (index, hostname) in alias.hostnames.iter().flatten().enumerate() {
-            form(
-                problems,
-                at.field("hostnames").index(index),
-                hostname,
-                names::SUBDOMAIN,
-            );
-        }
-    }
     if let Some(context) = &spec.security_context {
         security::pod(context, &path.field("securityContext"), problems);
     }

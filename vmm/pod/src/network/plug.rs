@@ -1,0 +1,139 @@
+//! Taps beside the interfaces of a namespace, and the redirection between them.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use rtnetlink::packet_route::link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute};
+
+use super::netlink::Netlink;
+use super::observe::name_of;
+use super::{Doing, Namespace, Observed, ObservedInterface, Result, WiringError, filters, tap};
+
+/// What [`plug`] made.
+#[derive(Debug)]
+pub struct Plug {
+    /// In the order of the interfaces. Empty once they are taken.
+    taps: Vec<OwnedFd>,
+    /// Names and indexes of the interfaces that traffic control was set up on.
+    interfaces: Vec<(String, u32)>,
+}
+
+/// Makes a tap for each interface and has the kernel pass frames between the two.
+///
+/// What is left of a pod whose supervisor died is replaced. After an error nothing is left.
+///
+/// # Errors
+/// [`WiringError`], with the interface and what was being done.
+pub fn plug(namespace: &Namespace, observed: &Observed) -> Result<Plug> {
+    namespace.run(|| {
+        let mut netlink = Netlink::open().doing("opening netlink")?;
+        let mut plug = Plug {
+            taps: Vec::new(),
+            interfaces: Vec::new(),
+        };
+        for interface in &observed.interfaces {
+            if let Err(error) = plug.add(&mut netlink, interface) {
+                // The first error is the one to tell.
+                let _ = plug.clear(&mut netlink);
+                return Err(error);
+            }
+        }
+        Ok(plug)
+    })
+}
+
+impl Plug {
+    /// The taps' descriptors, one for each interface, in order, to be handed to the machine. A tap
+    /// is there until its descriptors are closed.
+    pub fn take_taps(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.taps)
+    }
+
+    /// Gives the interfaces back to the namespace, and closes what taps were not taken.
+    ///
+    /// # Errors
+    /// The first of [`WiringError::Interface`]; all interfaces are tried.
+    pub fn teardown(mut self, namespace: &Namespace) -> Result<()> {
+        namespace.run(|| {
+            let mut netlink = Netlink::open().doing("opening netlink")?;
+            self.clear(&mut netlink)
+        })
+    }
+
+    fn add(&mut self, netlink: &mut Netlink, interface: &ObservedInterface) -> Result<()> {
+        let name = &interface.name;
+        let (tap_name, fd) = tap::open(name)?;
+        self.taps.push(fd);
+        let tap = shape_tap(netlink, &tap_name, interface)?;
+
+        // The tap's side first: nothing of the guest's gets anywhere before it is checked.
+        let step = "checking what its guest sends";
+        let prepared = filters::prepare(netlink, tap);
+        traffic_control(prepared, name, step)?;
+        let addresses = interface.addresses.iter().map(|address| address.ip);
+        let guarded =
+            filters::redirect_own(netlink, tap, interface.index, interface.mac, addresses);
+        traffic_control(guarded, name, step)?;
+
+        let step = "redirecting what it receives";
+        let prepared = filters::prepare(netlink, interface.index);
+        traffic_control(prepared, name, step)?;
+        self.interfaces.push((name.clone(), interface.index));
+        let redirected = filters::redirect(netlink, interface.index, tap);
+        traffic_control(redirected, name, step)
+    }
+
+    fn clear(&mut self, netlink: &mut Netlink) -> Result<()> {
+        self.taps.clear();
+        let mut outcome = Ok(());
+        for (name, index) in self.interfaces.drain(..) {
+            let cleared = filters::clear(netlink, index).doing_to(&name, "taking filters off");
+            outcome = outcome.and(cleared);
+        }
+        outcome
+    }
+}
+
+/// Makes a new tap like its interface and brings it up. Returns its index.
+fn shape_tap(netlink: &mut Netlink, tap: &str, interface: &ObservedInterface) -> Result<u32> {
+    let name = &interface.name;
+    let links = netlink.links().doing("listing interfaces")?;
+    let index = links
+        .iter()
+        .find(|link| name_of(link) == Some(tap))
+        .map(|link| link.header.index)
+        .ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
+        .doing_to(name, "finding its tap")?;
+    // The host's kernel is to say nothing to the guest through it: no router solicitations.
+    let silent = vec![LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(
+        vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)],
+    )])];
+    match netlink.set_link(index, silent) {
+        // No IPv6 at all.
+        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {}
+        set => set.doing_to(name, "keeping IPv6 off its tap")?,
+    }
+    netlink
+        .set_link(index, vec![LinkAttribute::Mtu(interface.mtu)])
+        .doing_to(name, "setting the MTU of its tap")?;
+    netlink
+        .bring_up(index)
+        .doing_to(name, "bringing its tap up")?;
+    Ok(index)
+}
+
+/// An error of traffic control, which says ENOENT for a kind of which there is no module.
+fn traffic_control(outcome: io::Result<()>, interface: &str, step: &'static str) -> Result<()> {
+    match outcome {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(WiringError::NoTrafficControl {
+                interface: interface.into(),
+                step,
+            })
+        }
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            Err(WiringError::Taken(interface.into()))
+        }
+        outcome => outcome.doing_to(interface, step),
+    }
+}

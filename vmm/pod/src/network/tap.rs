@@ -1,0 +1,80 @@
+//! A tap in the calling thread's network namespace.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use super::{Doing, Result, WiringError};
+
+/// The kernel puts the least number that is free in place of `%d`.
+const TEMPLATE: &[u8] = b"hull%d";
+/// What every name of a tap begins with; digits follow.
+const PREFIX: &str = "hull";
+/// Whole frames, each behind a virtio-net header, and no other header.
+const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+
+/// Makes a tap of one queue for an interface. It is gone with its last descriptor. Returns its name,
+/// and the descriptor in non-blocking mode.
+pub fn open(interface: &str) -> Result<(String, OwnedFd)> {
+    let step = "making its tap";
+    let opened = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun");
+    let file: File = match opened {
+        // Without the node, or without a driver behind it.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) => {
+            return Err(WiringError::NoTun);
+        }
+        opened => opened.doing_to(interface, "opening /dev/net/tun for its tap")?,
+    };
+    let mut name = [0; libc::IFNAMSIZ];
+    for (to, from) in name.iter_mut().zip(TEMPLATE) {
+        *to = from.cast_signed();
+    }
+    let mut request = libc::ifreq {
+        ifr_name: name,
+        ifr_ifru: libc::__c_anonymous_ifr_ifru {
+            ifru_flags: libc::c_short::try_from(FLAGS)
+                .map_err(io::Error::other)
+                .doing_to(interface, step)?,
+        },
+    };
+    // SAFETY: the descriptor is open, and the argument is what TUNSETIFF reads and writes, an
+    // ifreq that outlives the call.
+    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error()).doing_to(interface, step);
+    }
+    let name = request
+        .ifr_name
+        .iter()
+        .map(|byte| byte.cast_unsigned())
+        .take_while(|byte| *byte != 0)
+        .map(char::from)
+        .collect();
+    Ok((name, file.into()))
+}
+
+/// Whether a tap's name is one that [`open`] gives.
+pub fn is_ours(name: &str) -> bool {
+    name.strip_prefix(PREFIX).is_some_and(|number| {
+        !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn taps_are_known_by_their_names() {
+        for name in ["hull0", "hull12"] {
+            assert!(is_ours(name), "{name}");
+        }
+        for name in ["hull", "hullx", "hull0x", "tap0", "eth0"] {
+            assert!(!is_ours(name), "{name}");
+        }
+    }
+}
