@@ -7,6 +7,7 @@
 //! "any child".
 
 mod answers;
+mod spec;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -23,11 +24,9 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use self::answers::Answers;
+pub use self::spec::{MachineSpec, NetSpec};
 use crate::channel::{self, AsyncChannel, Channel, ChannelError};
-use crate::config::{
-    BlockConfig, CachePolicy, ConsoleConfig, FdIndex, MachineConfig, NetConfig, ShareConfig,
-    TapConfig, VsockConfig,
-};
+use crate::config::TapDescriptors;
 use crate::control::{ConnectRefused, Event, ExitReason, PlugRefused, Request};
 use crate::warnings::WARNING_CHARS;
 
@@ -38,128 +37,10 @@ const REASON_CHARS: usize = 2000;
 /// Warnings that a machine gets into the log in all its life: a guest can cause as many as it likes.
 const WARNINGS: u32 = 1000;
 
-/// A machine as the supervisor describes it, with the descriptors it hands over.
-#[derive(Debug)]
-pub struct MachineSpec {
-    config: MachineConfig,
-    descriptors: Vec<OwnedFd>,
-}
-
-impl MachineSpec {
-    /// One processor and 256 MiB of memory, a kernel, and a pipe for the guest's console.
-    pub fn new(
-        kvm: impl Into<OwnedFd>,
-        kernel: impl Into<OwnedFd>,
-        console: impl Into<OwnedFd>,
-    ) -> Self {
-        Self {
-            config: MachineConfig {
-                vcpus: 1,
-                memory_mib: 256,
-                kvm: FdIndex(0),
-                kernel: FdIndex(1),
-                initramfs: None,
-                cmdline: String::new(),
-                console: ConsoleConfig { output: FdIndex(2) },
-                shares: Vec::new(),
-                blocks: Vec::new(),
-                vsock: None,
-                nets: Vec::new(),
-            },
-            descriptors: vec![kvm.into(), kernel.into(), console.into()],
-        }
-    }
-
-    #[must_use]
-    pub fn vcpus(mut self, vcpus: u8) -> Self {
-        self.config.vcpus = vcpus;
-        self
-    }
-
-    #[must_use]
-    pub fn memory_mib(mut self, memory_mib: u64) -> Self {
-        self.config.memory_mib = memory_mib;
-        self
-    }
-
-    #[must_use]
-    pub fn initramfs(mut self, initramfs: impl Into<OwnedFd>) -> Self {
-        self.config.initramfs = Some(self.attach(initramfs.into()));
-        self
-    }
-
-    #[must_use]
-    pub fn cmdline(mut self, cmdline: impl Into<String>) -> Self {
-        self.config.cmdline = cmdline.into();
-        self
-    }
-
-    /// Adds a directory tree. Mounts that the supervisor makes under `root` after
-    /// [`Machine::launch`] reach the guest if `root` lies on a shared mount; those
-    /// made while it runs may not.
-    #[must_use]
-    pub fn share(
-        mut self,
-        tag: impl Into<String>,
-        root: impl Into<OwnedFd>,
-        read_only: bool,
-        cache: CachePolicy,
-    ) -> Self {
-        let root = self.attach(root.into());
-        self.config.shares.push(ShareConfig {
-            tag: tag.into(),
-            root,
-            read_only,
-            cache,
-        });
-        self
-    }
-
-    #[must_use]
-    pub fn block(
-        mut self,
-        id: impl Into<String>,
-        disk: impl Into<OwnedFd>,
-        read_only: bool,
-    ) -> Self {
-        let disk = self.attach(disk.into());
-        self.config.blocks.push(BlockConfig {
-            id: id.into(),
-            disk,
-            read_only,
-        });
-        self
-    }
-
-    #[must_use]
-    pub fn vsock(mut self, cid: u32, guest_ports: Vec<u32>) -> Self {
-        self.config.vsock = Some(VsockConfig { cid, guest_ports });
-        self
-    }
-
-    /// Adds a network interface with an MTU of 68 to 65535 bytes, after those that were added before. Without a tap
-    /// (see [`TapConfig`]) its link is down until one is plugged ([`Machine::plug_net`]).
-    #[must_use]
-    pub fn net(mut self, mac: [u8; 6], mtu: u16, tap: Option<OwnedFd>) -> Self {
-        let tap = tap.map(|tap| TapConfig {
-            queue: self.attach(tap),
-        });
-        self.config.nets.push(NetConfig { mac, mtu, tap });
-        self
-    }
-
-    fn attach(&mut self, descriptor: OwnedFd) -> FdIndex {
-        // More than the channel takes (and so more than fits) is refused when it is sent.
-        let index = u16::try_from(self.descriptors.len()).unwrap_or(u16::MAX);
-        self.descriptors.push(descriptor);
-        FdIndex(index)
-    }
-}
-
 /// A connection that the guest made.
 #[derive(Debug)]
 pub struct GuestConnection {
-    /// The host's port, one of [`VsockConfig::guest_ports`].
+    /// The host's port, one of [`crate::config::VsockConfig::guest_ports`].
     pub port: u32,
     pub stream: UnixStream,
 }
@@ -316,24 +197,28 @@ impl Machine {
         }
     }
 
-    /// Brings a network interface up with a tap (see [`TapConfig`]); `index` counts the calls of [`MachineSpec::net`]
-    /// from 0. The guest's driver is told when there is one.
+    /// Brings a network interface up with a tap; `index` counts the calls of [`MachineSpec::net`] from 0. The guest's
+    /// driver is told when there is one.
     ///
     /// # Errors
-    /// When there is no such interface, it has a tap already, or the machine has ended.
-    pub async fn plug_net(&self, index: u8, tap: OwnedFd) -> Result<(), PlugError> {
+    /// When there is no such interface, it has a tap already, the descriptors are not what it needs, or the machine
+    /// has ended.
+    pub async fn plug_net(&self, index: u8, tap: TapDescriptors) -> Result<(), PlugError> {
         let pending = self.plugs.begin();
+        let (tap, descriptors) = spec::tap_alone(tap);
         let request = Request::PlugNet {
             id: pending.id,
             index,
+            tap,
         };
-        if let Err(error) = self.control.send(&request, &[tap.as_fd()]).await {
+        let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        if let Err(error) = self.control.send(&request, &borrowed).await {
             return Err(match &*self.ended.borrow() {
                 Some(reason) => PlugError::Ended(reason.clone()),
                 None => error.into(),
             });
         }
-        drop(tap);
+        drop(descriptors);
 
         let mut ended = self.ended.clone();
         tokio::select! {

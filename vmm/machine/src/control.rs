@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::channel::Message;
-use crate::config::MachineConfig;
+use crate::config::{MachineConfig, TapConfig};
 
 /// From the supervisor.
 #[derive(Debug, Serialize, Deserialize)]
@@ -17,8 +17,8 @@ pub enum Request {
     /// which becomes the connection. Answered by [`Event::Connected`].
     Connect { id: u64, port: u32 },
     /// Bring a network interface up, by its place among [`MachineConfig::nets`].
-    /// Attached: a tap as in [`crate::config::TapConfig`]. Answered by [`Event::Plugged`].
-    PlugNet { id: u64, index: u8 },
+    /// Attached: the descriptors that `tap` names, by their place in this message. Answered by [`Event::Plugged`].
+    PlugNet { id: u64, index: u8, tap: TapConfig },
     /// End the machine at once, as a power cut would.
     Stop,
 }
@@ -27,7 +27,8 @@ impl Message for Request {
     fn descriptors(&self) -> usize {
         match self {
             Self::Boot(config) => config.descriptors(),
-            Self::Connect { .. } | Self::PlugNet { .. } => 1,
+            Self::Connect { .. } => 1,
+            Self::PlugNet { tap, .. } => tap.descriptors(),
             Self::Stop => 0,
         }
     }
@@ -92,8 +93,12 @@ pub enum PlugRefused {
     NoInterface,
     #[error("the network interface has a tap already")]
     Plugged,
-    #[error("the tap is no usable descriptor")]
-    Unusable,
+    #[error(
+        "the descriptors are not one of a tap, and one or none of vhost-net, for each queue pair"
+    )]
+    Descriptors,
+    #[error("setting the tap up: {}", std::io::Error::from_raw_os_error(*.errno))]
+    Tap { errno: i32 },
 }
 
 /// Why a machine ended.
