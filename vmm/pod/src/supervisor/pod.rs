@@ -191,6 +191,7 @@ impl Pod {
         let directories = self.directories.clone();
         let dir = self.record.dir().clone();
         let limit = self.service.limits.call;
+        let vcpus = oci::machine_size(&self.manifest).vcpus;
         let mounts = self
             .host_mounts
             .try_clone()
@@ -199,7 +200,7 @@ impl Pod {
                 source,
             })?;
         let network = tokio::task::spawn_blocking(move || {
-            HostNetwork::set_up(&directories, &dir, mounts, limit)
+            HostNetwork::set_up(&directories, &dir, mounts, limit, vcpus)
         })
         .await??;
         self.record
