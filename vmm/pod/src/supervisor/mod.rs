@@ -11,8 +11,10 @@ mod container;
 mod exec;
 mod failure;
 mod installation;
+mod join;
 mod limits;
 mod machine;
+mod output;
 mod pod;
 mod record;
 mod server;
@@ -135,6 +137,7 @@ async fn serve(
         stop: stop.clone(),
         limits: Limits::from_environment(),
         agent: OnceLock::new(),
+        joins: OnceLock::new(),
     });
 
     let listener = Listener::bind(&dir.socket())?;
