@@ -6,6 +6,7 @@
     reason = "a test reports by panicking"
 )]
 
+mod attach;
 mod failures;
 mod guests;
 mod images;

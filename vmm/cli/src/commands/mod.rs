@@ -1,5 +1,6 @@
 //! The commands, each in a file of its own.
 
+pub mod attach_container;
 pub mod check;
 pub mod completion;
 pub mod events;

@@ -118,6 +118,7 @@ impl Registry {
             agent_version: None,
             init_containers,
             containers,
+            joined: Vec::new(),
             manifest,
             console_tail: Vec::new(),
         };

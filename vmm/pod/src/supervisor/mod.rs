@@ -11,9 +11,11 @@ mod container;
 mod exec;
 mod failure;
 mod installation;
+mod join;
 mod limits;
 mod machine;
 mod network;
+mod output;
 mod pod;
 mod record;
 mod server;
@@ -140,6 +142,7 @@ async fn serve(
         stop: stop.clone(),
         limits: Limits::from_environment(),
         agent: OnceLock::new(),
+        joins: OnceLock::new(),
     });
 
     let listener = Listener::bind(&dir.socket())?;

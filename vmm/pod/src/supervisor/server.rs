@@ -9,6 +9,7 @@ use tokio::sync::Semaphore;
 
 use super::api::{Refusal, Reply, Request, Target};
 use super::exec;
+use super::join::{self, Joins};
 use super::limits::Limits;
 use super::record::Record;
 use super::stop::Stop;
@@ -28,6 +29,8 @@ pub struct Service {
     pub limits: Limits,
     /// There once the guest is up.
     pub agent: OnceLock<Agent>,
+    /// There once infra lives.
+    pub joins: OnceLock<Joins>,
 }
 
 impl Service {
@@ -96,6 +99,10 @@ impl Service {
                     Ok(agent) => return exec::serve(agent, &request, channel, self.limits).await,
                     Err(refused) => refused,
                 },
+                Request::Join(request) => match self.joins.get() {
+                    Some(joins) => return join::serve(joins, *request, channel).await,
+                    None => not_up(),
+                },
                 Request::Forward { port } => match self.forward(port).await {
                     // The client's copy is the only one that stays.
                     Ok(stream) => {
@@ -157,7 +164,7 @@ impl Service {
 fn not_up() -> Reply {
     Reply::Refused {
         kind: Refusal::NotRunning,
-        message: "the pod's machine is not up".into(),
+        message: "the pod's machine is not up; `hull events` tells how far it is".into(),
     }
 }
 
@@ -179,7 +186,7 @@ mod tests {
     use super::*;
     use crate::client::{Client, ClientError};
     use crate::state::{Claim, ContainerStatus, Directories, Phase, Registry};
-    use crate::supervisor::api::Exec;
+    use crate::supervisor::api::{Exec, Join};
 
     /// A pod whose machine is not up, and a client of it.
     fn pod() -> (tempfile::TempDir, Arc<Service>, Client, std::fs::File) {
@@ -196,6 +203,7 @@ mod tests {
             stop: Stop::new(Duration::from_secs(30)),
             limits: Limits::from_environment(),
             agent: OnceLock::new(),
+            joins: OnceLock::new(),
         });
         tokio::spawn(Arc::clone(&service).listen(listener));
         let client = Client::connect(&dir).unwrap();
@@ -267,6 +275,13 @@ mod tests {
         let (_root, _service, client, _lock) = pod();
 
         assert_not_running(client.forward(80).await);
+    }
+
+    #[tokio::test]
+    async fn nobody_joins_what_is_not_up() {
+        let (_root, _service, client, _lock) = pod();
+
+        assert_not_running(client.join(Join::default()).await);
     }
 
     #[tokio::test]
