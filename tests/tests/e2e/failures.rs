@@ -50,12 +50,16 @@ fn the_supervisor_is_killed() {
         || (!host::is_alive(vmm)).then_some(()),
     );
     // The network's server of names stays until somebody gives the pod's addresses back.
-    eventually("no process of the pod is left", Duration::from_secs(2), || {
-        let left = host::processes_of(&hull.run_dir());
-        left.iter()
-            .all(|process| process.contains("aardvark-dns"))
-            .then_some(())
-    });
+    eventually(
+        "no process of the pod is left",
+        Duration::from_secs(2),
+        || {
+            let left = host::processes_of(&hull.run_dir());
+            left.iter()
+                .all(|process| process.contains("aardvark-dns"))
+                .then_some(())
+        },
+    );
     assert_eq!(host::mounts_under(&hull.run_dir()), Vec::<String>::new());
     assert!(!hull.ok(["ps"]).contains("Running"));
 

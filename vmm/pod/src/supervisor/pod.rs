@@ -184,6 +184,7 @@ impl Pod {
         }
         // It can be set but once, and this runs but once.
         let _ = self.service.agent.set(agent.clone());
+        self.service.pause.begin(&machine, agent.clone());
         Ok(Guest {
             machine,
             agent,
@@ -391,6 +392,7 @@ impl Pod {
             };
             status.console_tail = console_tail;
             status.finished_at = Some(Timestamp::now());
+            status.paused = false;
             status.vmm_pid = None;
             status.supervisor_pid = None;
         });
