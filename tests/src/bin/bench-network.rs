@@ -11,6 +11,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -24,9 +25,9 @@ use serde_json::Value;
 const ROUNDS: usize = 5;
 /// Each measurement, in seconds.
 const SECONDS: &str = "2";
-/// In the network's subnet, past what it gives to pods.
-const PODMAN: &str = "10.83.3.200";
-const QEMU: &str = "10.83.3.201";
+/// The last of the network's addresses, which it gives to pods last.
+const PODMAN: u32 = 2;
+const QEMU: u32 = 3;
 /// Of the default network, below the data directory.
 const DEFINITION: &str = "networks/hull.json";
 /// What every contender runs.
@@ -70,7 +71,7 @@ fn root(dir: &Path) -> PathBuf {
         std::fs::copy(&file, to).unwrap();
     }
     let script = "set -e; mkdir -p bin dev proc sys tmp etc
-cp /bin/busybox bin/; for name in $(bin/busybox --list); do ln -sf busybox bin/$name; done
+cp /bin/busybox bin/; for name in $(bin/busybox --list); do [ -e bin/$name ] || ln -s busybox bin/$name; done
 echo root:x:0:0:root:/root:/bin/sh > etc/passwd";
     sh(&root, script);
     root
@@ -106,7 +107,7 @@ spec:
 struct Container;
 
 impl Container {
-    fn start(hull: &Hull, dir: &Path) -> Self {
+    fn start(hull: &Hull, dir: &Path, address: &str) -> Self {
         let networks = dir.join("networks");
         std::fs::create_dir(&networks).unwrap();
         std::fs::copy(hull.data_dir().join(DEFINITION), dir.join(DEFINITION)).unwrap();
@@ -117,7 +118,7 @@ impl Container {
             .env("CONTAINERS_CONF", conf)
             .args(["--runtime", "crun", "run", "--detach", "--rm"])
             .args(["--name", "bench-network", "--network", "hull", "--ip"])
-            .args([PODMAN, "localhost/bench-network", "sh", "-c", SERVE])
+            .args([address, "localhost/bench-network", "sh", "-c", SERVE])
             .output()
             .unwrap();
         assert_success(&output, "podman run");
@@ -137,7 +138,7 @@ impl Drop for Container {
 struct Microvm(Child);
 
 impl Microvm {
-    fn start(dir: &Path, root: &Path, bridge: &str) -> Self {
+    fn start(dir: &Path, root: &Path, bridge: &str, address: &str) -> Self {
         let modules = target("kernels/6.12/modules/kernel");
         for module in [
             "drivers/virtio/virtio_mmio.ko",
@@ -152,7 +153,7 @@ impl Microvm {
             "#!/bin/sh
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
 for module in virtio_mmio failover net_failover virtio_net; do insmod /tmp/$module.ko; done
-ip link set lo up; ip addr add {QEMU}/22 dev eth0; ip link set eth0 up
+ip link set lo up; ip addr add {address}/22 dev eth0; ip link set eth0 up
 {SERVE}
 "
         );
@@ -239,6 +240,15 @@ fn latency(address: &str, protocol: &[&str]) -> f64 {
     line.rsplit(' ').next().unwrap().parse().unwrap()
 }
 
+/// An address of a network's only subnet, counted from its end.
+fn from_end(network: &Value, n: u32) -> String {
+    let subnet = network["subnets"][0]["subnet"].as_str().expect("a subnet");
+    let (address, prefix) = subnet.split_once('/').expect("a prefix");
+    let first = u32::from(address.parse::<Ipv4Addr>().unwrap());
+    let size = 1 << (32 - prefix.parse::<u32>().unwrap());
+    Ipv4Addr::from(first + size - n).to_string()
+}
+
 type Measure = fn(&str) -> f64;
 
 const MEASURES: [(&str, &str, Measure); 8] = [
@@ -281,8 +291,9 @@ podman save --output ../image.tar localhost/bench-network",
     let network = std::fs::read(hull.data_dir().join(DEFINITION)).unwrap();
     let network: Value = serde_json::from_slice(&network).unwrap();
     let bridge = network["network_interface"].as_str().expect("a bridge");
-    let _container = Container::start(&hull, &dir);
-    let _microvm = Microvm::start(&dir, &root, bridge);
+    let (podman, qemu) = (from_end(&network, PODMAN), from_end(&network, QEMU));
+    let _container = Container::start(&hull, &dir, &podman);
+    let _microvm = Microvm::start(&dir, &root, bridge, &qemu);
 
     let contender = |name, address: &str| Contender {
         name,
@@ -295,8 +306,8 @@ podman save --output ../image.tar localhost/bench-network",
             .to_owned()
     };
     let contenders = [
-        contender("podman, crun", PODMAN),
-        contender("QEMU microvm, vhost-net", QEMU),
+        contender("podman, crun", &podman),
+        contender("QEMU microvm, vhost-net", &qemu),
         contender("Hull", &address(&ours)),
     ];
     for one in &contenders {

@@ -6,11 +6,13 @@
     reason = "a test reports by panicking"
 )]
 
+mod attach;
 mod failures;
 mod guests;
 mod images;
 mod load;
 mod manifests;
+mod pause;
 mod pjdfstest;
 mod pod_rules;
 mod run;

@@ -9,8 +9,9 @@
 mod answers;
 mod spec;
 
+use std::convert::Infallible;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -23,7 +24,7 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use self::answers::Answers;
+use self::answers::{Answers, Pending};
 pub use self::spec::{MachineSpec, NetSpec};
 use crate::channel::{self, AsyncChannel, Channel, ChannelError};
 use crate::config::TapDescriptors;
@@ -98,6 +99,33 @@ pub enum PlugError {
     Ended(#[source] ExitReason),
 }
 
+/// Why `hull-vmm` didn't do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    #[error("asking hull-vmm")]
+    Channel(#[from] ChannelError),
+    #[error("the machine has ended")]
+    Ended(#[source] ExitReason),
+}
+
+impl From<AskError> for ConnectError {
+    fn from(error: AskError) -> Self {
+        match error {
+            AskError::Channel(error) => Self::Channel(error),
+            AskError::Ended(reason) => Self::Ended(reason),
+        }
+    }
+}
+
+impl From<AskError> for PlugError {
+    fn from(error: AskError) -> Self {
+        match error {
+            AskError::Channel(error) => Self::Channel(error),
+            AskError::Ended(reason) => Self::Ended(reason),
+        }
+    }
+}
+
 /// A running machine. Dropping it kills the machine.
 #[derive(Debug)]
 pub struct Machine {
@@ -106,6 +134,7 @@ pub struct Machine {
     process: Arc<AsyncFd<OwnedFd>>,
     connects: Arc<Answers<ConnectRefused>>,
     plugs: Arc<Answers<PlugRefused>>,
+    pauses: Arc<Answers<Infallible>>,
     ended: watch::Receiver<Option<ExitReason>>,
 }
 
@@ -128,6 +157,7 @@ impl Machine {
 
         let connects = Arc::new(Answers::default());
         let plugs = Arc::new(Answers::default());
+        let pauses = Arc::new(Answers::default());
         let (running, runs) = oneshot::channel();
         let (guest_connections, accepted) = mpsc::channel(WAITING_CONNECTIONS);
         let (end, ended) = watch::channel(None);
@@ -136,6 +166,7 @@ impl Machine {
             process: Arc::clone(&process),
             connects: Arc::clone(&connects),
             plugs: Arc::clone(&plugs),
+            pauses: Arc::clone(&pauses),
             running: Some(running),
             guest_connections,
             warnings_left: WARNINGS,
@@ -148,6 +179,7 @@ impl Machine {
             process,
             connects,
             plugs,
+            pauses,
             ended,
         };
 
@@ -178,22 +210,9 @@ impl Machine {
             id: pending.id,
             port,
         };
-        if let Err(error) = self.control.send(&request, &[theirs.as_fd()]).await {
-            return Err(match &*self.ended.borrow() {
-                Some(reason) => ConnectError::Ended(reason.clone()),
-                None => error.into(),
-            });
-        }
-        drop(theirs);
-
-        let mut ended = self.ended.clone();
-        tokio::select! {
-            answer = pending.answer() => match answer {
-                Some(Ok(())) => Ok(stream),
-                Some(Err(source)) => Err(ConnectError::Refused { port, source }),
-                None => Err(ConnectError::Ended(self.wait().await)),
-            },
-            reason = wait_for_end(&mut ended) => Err(ConnectError::Ended(reason)),
+        match self.ask(pending, &request, &[theirs.as_fd()]).await? {
+            Ok(()) => Ok(stream),
+            Err(source) => Err(ConnectError::Refused { port, source }),
         }
     }
 
@@ -212,22 +231,54 @@ impl Machine {
             tap,
         };
         let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
-        if let Err(error) = self.control.send(&request, &borrowed).await {
+        let plugged = self.ask(pending, &request, &borrowed).await?;
+        plugged.map_err(|source| PlugError::Refused { index, source })
+    }
+
+    /// Stops the guest's processors, and returns when they stand. Devices go on with what they were asked to do,
+    /// connections stay, and the guest's clock goes on: to it, it was a moment. Done again, it does nothing.
+    ///
+    /// # Errors
+    /// When the machine has ended.
+    pub async fn pause(&self) -> Result<(), AskError> {
+        let pending = self.pauses.begin();
+        let request = Request::Pause { id: pending.id };
+        let paused = self.ask(pending, &request, &[]).await?;
+        paused.map_err(|never| match never {})
+    }
+
+    /// Lets the guest's processors go on. Done again, it does nothing.
+    ///
+    /// # Errors
+    /// When the machine has ended.
+    pub async fn resume(&self) -> Result<(), AskError> {
+        let pending = self.pauses.begin();
+        let request = Request::Resume { id: pending.id };
+        let resumed = self.ask(pending, &request, &[]).await?;
+        resumed.map_err(|never| match never {})
+    }
+
+    /// Sends a request, and waits for its answer or the machine's end. The caller's copies of the descriptors are
+    /// closed by the caller.
+    async fn ask<E>(
+        &self,
+        pending: Pending<E>,
+        request: &Request,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Result<(), E>, AskError> {
+        if let Err(error) = self.control.send(request, descriptors).await {
             return Err(match &*self.ended.borrow() {
-                Some(reason) => PlugError::Ended(reason.clone()),
+                Some(reason) => AskError::Ended(reason.clone()),
                 None => error.into(),
             });
         }
-        drop(descriptors);
-
         let mut ended = self.ended.clone();
         tokio::select! {
             answer = pending.answer() => match answer {
-                Some(Ok(())) => Ok(()),
-                Some(Err(source)) => Err(PlugError::Refused { index, source }),
-                None => Err(PlugError::Ended(self.wait().await)),
+                Some(answer) => Ok(answer),
+                None => Err(AskError::Ended(self.wait().await)),
             },
-            reason = wait_for_end(&mut ended) => Err(PlugError::Ended(reason)),
+            reason = wait_for_end(&mut ended) => Err(AskError::Ended(reason)),
         }
     }
 
@@ -331,6 +382,7 @@ struct Follower {
     process: Arc<AsyncFd<OwnedFd>>,
     connects: Arc<Answers<ConnectRefused>>,
     plugs: Arc<Answers<PlugRefused>>,
+    pauses: Arc<Answers<Infallible>>,
     running: Option<oneshot::Sender<()>>,
     guest_connections: mpsc::Sender<GuestConnection>,
     warnings_left: u32,
@@ -375,6 +427,7 @@ impl Follower {
             },
             Event::Connected { id, result } => self.connects.finish(id, result),
             Event::Plugged { id, result } => self.plugs.finish(id, result),
+            Event::Paused { id } | Event::Resumed { id } => self.pauses.finish(id, Ok(())),
             Event::GuestConnection { port } => {
                 if let Some(stream) = descriptors.pop().and_then(|fd| stream(fd).ok()) {
                     // When the supervisor has no room or no interest, closing is the answer.

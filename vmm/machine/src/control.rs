@@ -19,6 +19,10 @@ pub enum Request {
     /// Bring a network interface up, by its place among [`MachineConfig::nets`].
     /// Attached: the descriptors that `tap` names, by their place in this message. Answered by [`Event::Plugged`].
     PlugNet { id: u64, index: u8, tap: TapConfig },
+    /// Keep the processors out of the guest. Answered by [`Event::Paused`] when they are.
+    Pause { id: u64 },
+    /// Let them go on. Answered by [`Event::Resumed`].
+    Resume { id: u64 },
     /// End the machine at once, as a power cut would.
     Stop,
 }
@@ -29,7 +33,7 @@ impl Message for Request {
             Self::Boot(config) => config.descriptors(),
             Self::Connect { .. } => 1,
             Self::PlugNet { tap, .. } => tap.descriptors(),
-            Self::Stop => 0,
+            Self::Pause { .. } | Self::Resume { .. } | Self::Stop => 0,
         }
     }
 }
@@ -52,6 +56,10 @@ pub enum Event {
         id: u64,
         result: Result<(), PlugRefused>,
     },
+    /// No processor is in the guest.
+    Paused { id: u64 },
+    /// The processors go on.
+    Resumed { id: u64 },
     /// The guest connected to `port` of the host. Attached: the stream.
     GuestConnection { port: u32 },
     /// Something is not as it should be, and the machine goes on.
@@ -67,6 +75,8 @@ impl Message for Event {
             Self::Running
             | Self::Connected { .. }
             | Self::Plugged { .. }
+            | Self::Paused { .. }
+            | Self::Resumed { .. }
             | Self::Warning(_)
             | Self::Ended(_) => 0,
         }

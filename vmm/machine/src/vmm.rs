@@ -34,6 +34,7 @@ use crate::devices::vsock::{Vsock, VsockHandle};
 use crate::jail::Shares;
 use crate::kvm::cpuid::address_bits;
 use crate::kvm::ending::Ending;
+use crate::kvm::gate::Gate;
 use crate::kvm::interrupts::KvmPlatform;
 use crate::kvm::vcpu::{Mmio, Running, Vcpu};
 use crate::kvm::vm::{KvmError, Vm};
@@ -120,6 +121,7 @@ impl Descriptors {
 #[derive(Debug)]
 pub struct Machine {
     ending: Ending,
+    gate: Gate,
     pci: Arc<PciRoot>,
     vsock: Option<VsockHandle>,
     nets: Vec<NetHandle>,
@@ -156,6 +158,7 @@ impl Machine {
         let entry = load_guest(config, &mut descriptors, &memory, mmio64_start)?;
         Ok(Self {
             ending: Ending::new().map_err(BuildError::Event)?,
+            gate: Gate::default(),
             pci: Arc::new(pci),
             vsock: handles.vsock,
             nets: handles.nets,
@@ -171,11 +174,13 @@ impl Machine {
     pub fn start(&mut self) -> Result<(), StartError> {
         for vcpu in self.ready.drain(..) {
             let mmio = Arc::clone(&self.pci) as Arc<dyn Mmio>;
-            let running = vcpu.start(mmio, self.ending.clone()).map_err(|error| {
-                self.ending
-                    .end(ExitReason::Failed(format!("starting a processor: {error}")));
-                StartError(error)
-            })?;
+            let running = vcpu
+                .start(mmio, self.ending.clone(), &self.gate)
+                .map_err(|error| {
+                    self.ending
+                        .end(ExitReason::Failed(format!("starting a processor: {error}")));
+                    StartError(error)
+                })?;
             self.running.push(running);
         }
         Ok(())
@@ -209,6 +214,24 @@ impl Machine {
         net.plug(tap)
     }
 
+    /// Keeps the processors out of the guest, and returns when they are.
+    pub fn pause(&self) {
+        self.gate.close();
+        self.kick();
+        self.gate.wait_empty();
+    }
+
+    /// Lets the processors go on.
+    pub fn resume(&self) {
+        self.gate.open();
+    }
+
+    fn kick(&self) {
+        for vcpu in &self.running {
+            vcpu.kick();
+        }
+    }
+
     /// Ends the machine as a power cut would. Returns at once.
     pub fn stop(&self) {
         self.ending.end(ExitReason::Stopped);
@@ -223,9 +246,8 @@ impl Machine {
     /// written before it powered off is written.
     pub fn wait(self) -> ExitReason {
         let reason = self.ending.wait();
-        for vcpu in &self.running {
-            vcpu.kick();
-        }
+        self.gate.open();
+        self.kick();
         for vcpu in self.running {
             vcpu.join();
         }

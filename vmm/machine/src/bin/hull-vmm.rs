@@ -230,6 +230,14 @@ fn attend(control: &Arc<Channel>, machine: Machine) -> Result<Option<ExitReason>
             None => return Ok(None),
             Some((Request::Boot(_), _)) => return Err(VmmError::SecondBoot),
             Some((Request::Stop, _)) => machine.stop(),
+            Some((Request::Pause { id }, _)) => {
+                machine.pause();
+                control.send(&Event::Paused { id }, &[])?;
+            }
+            Some((Request::Resume { id }, _)) => {
+                machine.resume();
+                control.send(&Event::Resumed { id }, &[])?;
+            }
             Some((Request::PlugNet { id, index, tap }, descriptors)) => {
                 let result = machine.plug_net(index, &tap, descriptors);
                 control.send(&Event::Plugged { id, result }, &[])?;

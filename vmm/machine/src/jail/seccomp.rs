@@ -110,6 +110,7 @@ const fn kvm_ioctl(direction: u32, number: u32, size: u32) -> u32 {
 const KVM_RUN: u32 = kvm_ioctl(0, 0x80, 0);
 const KVM_GET_REGS: u32 = kvm_ioctl(2, 0x81, 144);
 const KVM_SET_GSI_ROUTING: u32 = kvm_ioctl(1, 0x6A, 8);
+const KVM_KVMCLOCK_CTRL: u32 = kvm_ioctl(0, 0xAD, 0);
 const KVM_IRQFD: u32 = kvm_ioctl(1, 0x76, 32);
 const KVM_IOEVENTFD: u32 = kvm_ioctl(1, 0x79, 64);
 
@@ -123,6 +124,8 @@ const VCPU: &[Call] = &[
             KVM_RUN,
             // where the guest was when KVM could not go on
             KVM_GET_REGS,
+            // after a pause
+            KVM_KVMCLOCK_CTRL,
             KVM_SET_GSI_ROUTING,
             KVM_IRQFD,
             KVM_IOEVENTFD,
