@@ -104,6 +104,9 @@ enum Server {
 /// A tap with an address, in the calling thread's network namespace.
 fn tap(name: &str, address: &str, server: Server) -> TapDescriptors {
     let queues = (0..PAIRS).map(|_| queue(name)).collect();
+    // The same for each with this IP address, which the guest may have in its cache of neighbours.
+    let mac = format!("02:00:00:00:01:{:02}", address.as_bytes()[3] - b'0');
+    ip(&["link", "set", name, "address", &mac]);
     ip(&["addr", "add", address, "dev", name]);
     ip(&["link", "set", name, "up"]);
     let vhost = match server {
