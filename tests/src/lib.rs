@@ -13,6 +13,7 @@
 pub mod host;
 pub mod hull;
 pub mod pod;
+pub mod series;
 
 use std::time::{Duration, Instant};
 

@@ -12,6 +12,7 @@ mod guests;
 mod images;
 mod load;
 mod manifests;
+mod pause;
 mod pjdfstest;
 mod pod_rules;
 mod run;

@@ -178,12 +178,32 @@ impl Client {
         }
     }
 
+    /// Makes the pod stand still; done again, it does nothing.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when it is not up yet, or ending.
+    pub async fn pause(&self) -> Result<(), ClientError> {
+        self.done(&Request::Pause).await
+    }
+
+    /// Lets the pod go on; done again, it does nothing.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when it is not up yet, or ending.
+    pub async fn resume(&self) -> Result<(), ClientError> {
+        self.done(&Request::Resume).await
+    }
+
     /// Sends a signal.
     ///
     /// # Errors
     /// [`ClientError::Refused`] when there is nobody to take it.
     pub async fn kill(&self, target: Target, signal: u32) -> Result<(), ClientError> {
-        match self.ask(&Request::Kill { target, signal }).await? {
+        self.done(&Request::Kill { target, signal }).await
+    }
+
+    async fn done(&self, request: &Request) -> Result<(), ClientError> {
+        match self.ask(request).await? {
             (Reply::Done, _) => Ok(()),
             _ => Err(ClientError::Unexpected),
         }

@@ -12,6 +12,7 @@ pub mod kill;
 pub mod load;
 pub mod logs;
 pub mod network;
+pub mod pause;
 pub mod port_forward;
 pub mod ps;
 pub mod rm;

@@ -112,6 +112,7 @@ impl Registry {
             pod_ips: Vec::new(),
             network: None,
             restart_policy: restart_policy.into(),
+            paused: false,
             completed: false,
             first_failure: None,
             guest_kernel: None,

@@ -70,6 +70,9 @@ pub struct PodStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkStatus>,
     pub restart_policy: String,
+    /// Its machine stands still.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
     /// Every container has ended and none will be started again.
     pub completed: bool,
     /// Of the container that failed first, once one has.
@@ -282,6 +285,7 @@ mod tests {
             pod_ips: vec![],
             network: None,
             restart_policy: "Always".into(),
+            paused: false,
             completed: false,
             first_failure: None,
             guest_kernel: None,

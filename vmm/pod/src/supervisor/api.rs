@@ -25,6 +25,10 @@ pub enum Request {
         /// Between SIGTERM and SIGKILL; none: as the manifest has it.
         grace_seconds: Option<u64>,
     },
+    /// Stops the guest's processors. Answered by [`Reply::Done`] when they stand.
+    Pause,
+    /// Lets them go on. Answered by [`Reply::Done`].
+    Resume,
     /// Sends a signal. Answered by [`Reply::Done`].
     Kill { target: Target, signal: u32 },
     /// Runs a process. Answered by [`Reply::ExecStarted`], and at its end [`Reply::Ended`].

@@ -184,6 +184,7 @@ impl Pod {
         }
         // It can be set but once, and this runs but once.
         let _ = self.service.agent.set(agent.clone());
+        self.service.pause.begin(&machine, agent.clone());
         Ok(Guest {
             machine,
             agent,
@@ -196,6 +197,7 @@ impl Pod {
         let directories = self.directories.clone();
         let dir = self.record.dir().clone();
         let limit = self.service.limits.call;
+        let vcpus = oci::machine_size(&self.manifest).vcpus;
         let mounts = self
             .host_mounts
             .try_clone()
@@ -204,7 +206,7 @@ impl Pod {
                 source,
             })?;
         let network = tokio::task::spawn_blocking(move || {
-            HostNetwork::set_up(&directories, &dir, mounts, limit)
+            HostNetwork::set_up(&directories, &dir, mounts, limit, vcpus)
         })
         .await??;
         self.record
@@ -390,6 +392,7 @@ impl Pod {
             };
             status.console_tail = console_tail;
             status.finished_at = Some(Timestamp::now());
+            status.paused = false;
             status.vmm_pid = None;
             status.supervisor_pid = None;
         });
