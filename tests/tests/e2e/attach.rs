@@ -60,11 +60,16 @@ fn a_container_joins_the_pods_namespaces_and_is_a_member() {
         "-u",
         "1000:2000",
     ];
-    let started = attach(&hull, "host", &options, "echo $TOLD; id; sleep 100000");
+    let started = attach(
+        &hull,
+        "host",
+        &options,
+        "echo $TOLD; echo $(id -u):$(id -g); sleep 100000",
+    );
     assert_success(&started, "hull attach-container -d");
     assert_eq!(text(&started.stdout), "side");
     pod.wait_log("side", "$(X) $$");
-    pod.wait_log("side", "uid=1000 gid=2000 groups=2000");
+    pod.wait_log("side", "1000:2000");
     for namespace in ["net", "ipc", "uts"] {
         let link = format!("readlink /proc/self/ns/{namespace}");
         assert_eq!(pod.sh("one", &link), pod.sh("side", &link), "{namespace}");
@@ -78,7 +83,7 @@ fn a_container_joins_the_pods_namespaces_and_is_a_member() {
     let ended = pod.container("side");
     assert_eq!(ended["state"]["terminated"]["exitCode"], 137, "{ended}");
     assert_eq!(ended["state"]["terminated"]["reason"], "Error", "{ended}");
-    assert!(pod.logs("side").contains("uid=1000"));
+    assert!(pod.logs("side").contains("1000:2000"));
 }
 
 #[test]
