@@ -8,6 +8,8 @@ use hull_machine::control::ExitReason;
 use super::installation::InstallationError;
 use crate::agent::{AgentError, ExitStatus};
 use crate::images::ImageError;
+use crate::network::WiringError;
+use crate::networks::NetworkError;
 use crate::oci::SpecError;
 use crate::state::StateError;
 use crate::volumes::VolumeError;
@@ -28,6 +30,10 @@ pub enum PodFailure {
     Image(#[from] ImageError),
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error(transparent)]
+    Wiring(#[from] WiringError),
     #[error("container {container}")]
     Spec {
         container: String,
@@ -67,6 +73,7 @@ impl PodFailure {
             Self::Installation(_) | Self::Launch(_) => "MachineNotStarted",
             Self::Image(_) => "ImageError",
             Self::Volume(_) => "VolumeError",
+            Self::Network(_) | Self::Wiring(_) => "NetworkError",
             Self::Spec { .. } => "SpecError",
             Self::MachineEnded(ExitReason::Panic) => "GuestPanic",
             Self::MachineEnded(_) => "MachineEnded",

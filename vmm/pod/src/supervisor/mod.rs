@@ -13,6 +13,7 @@ mod failure;
 mod installation;
 mod limits;
 mod machine;
+mod network;
 mod pod;
 mod record;
 mod server;
@@ -84,12 +85,15 @@ pub fn supervise(directories: &Directories, id: &PodId) -> Result<(), Supervisor
     let (channel, lock) = take_over()?;
     // Never closed: who finds the lock free finds no supervisor.
     let _ = OwnedFd::from(lock).into_raw_fd();
+    let host_mounts = File::open("/proc/thread-self/ns/mnt")
+        .map_err(io_error("opening the host's mount namespace"))?
+        .into();
     crate::volumes::enter_private_namespace().map_err(SupervisorError::Namespace)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(io_error("starting tasks"))?;
-    let result = runtime.block_on(serve(directories, id, channel));
+    let result = runtime.block_on(serve(directories, id, channel, host_mounts));
     // A log that waits for its disk must not hold up the end.
     runtime.shutdown_background();
     result
@@ -122,6 +126,7 @@ async fn serve(
     directories: &Directories,
     id: &PodId,
     starter: Channel,
+    host_mounts: OwnedFd,
 ) -> Result<(), SupervisorError> {
     let dir = directories.pod(id);
     let manifest = read_manifest(&dir.manifest())?;
@@ -146,6 +151,7 @@ async fn serve(
 
     Pod {
         directories: directories.clone(),
+        host_mounts,
         manifest: Arc::new(manifest),
         record,
         stop,

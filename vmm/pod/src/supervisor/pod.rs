@@ -1,5 +1,6 @@
 //! The recipe of a pod.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use super::failure::PodFailure;
 use super::installation::Installation;
 use super::limits::Limits;
 use super::machine::{SHARE_TAG, spec};
+use super::network::HostNetwork;
 use super::record::Record;
 use super::server::Service;
 use super::stop::Stop;
@@ -48,6 +50,8 @@ pub(crate) struct PodContext {
 #[derive(Debug)]
 pub(super) struct Pod {
     pub directories: Directories,
+    /// The mount namespace that the supervisor came from.
+    pub host_mounts: OwnedFd,
     pub manifest: Arc<PodManifest>,
     pub record: Arc<Record>,
     pub stop: Stop,
@@ -103,11 +107,28 @@ impl Pod {
 
     /// The recipe.
     async fn live(&self, console: &mut Option<Console>) -> Result<(), PodFailure> {
-        self.progress("Preparing", "mounting volumes and root file systems");
+        self.progress(
+            "Preparing",
+            "setting up network, volumes and root file systems",
+        );
         let installation = Installation::find()?;
-        let ground = self.prepare().await?;
+        let mut network = self.network().await?;
+        let result = self.live_with(&installation, &mut network, console).await;
+        let taken_down = tokio::task::spawn_blocking(move || network.take_down()).await;
+        // How the pod ended matters more.
+        result.and(taken_down.map_err(PodFailure::from))
+    }
+
+    /// What is made here is gone when it returns.
+    async fn live_with(
+        &self,
+        installation: &Installation,
+        network: &mut HostNetwork,
+        console: &mut Option<Console>,
+    ) -> Result<(), PodFailure> {
+        let ground = self.prepare(network.facts().clone()).await?;
         let guest = tokio::select! {
-            started = self.start(&installation, &ground, console) => started?,
+            started = self.start(installation, network, &ground, console) => started?,
             // All that was made so far goes with the future: a machine dies when it is dropped.
             () = self.stop.requested() => return Err(PodFailure::Stopped),
         };
@@ -122,6 +143,7 @@ impl Pod {
     async fn start(
         &self,
         installation: &Installation,
+        network: &mut HostNetwork,
         ground: &Ground,
         console: &mut Option<Console>,
     ) -> Result<Guest, PodFailure> {
@@ -130,7 +152,7 @@ impl Pod {
         let (reader, pipe) = Console::open(&self.record.dir().console())?;
         *console = Some(reader);
         let size = oci::machine_size(&self.manifest);
-        let spec = spec(installation, size, pipe, ground.share.root())?;
+        let spec = network.add_to(spec(installation, size, pipe, ground.share.root())?)?;
         let (machine, connections) = Machine::launch(&installation.vmm, spec).await?;
         let machine = Arc::new(machine);
         let pid = u32::try_from(machine.pid()).ok();
@@ -152,6 +174,9 @@ impl Pod {
             .await?;
         self.record
             .event(EventType::Normal, "InfraStarted", None, "started infra");
+        if let Some(plan) = network.plan() {
+            agent.configure_network(&plan).await?;
+        }
         // It can be set but once, and this runs but once.
         let _ = self.service.agent.set(agent.clone());
         Ok(Guest {
@@ -161,8 +186,29 @@ impl Pod {
         })
     }
 
-    /// All on the host that the machine will see. Blocking work, so not on the tasks' thread.
-    async fn prepare(&self) -> Result<Ground, PodFailure> {
+    /// The pod's place in the host's networks. Blocking work, so not on the tasks' thread.
+    async fn network(&self) -> Result<HostNetwork, PodFailure> {
+        let directories = self.directories.clone();
+        let dir = self.record.dir().clone();
+        let limit = self.service.limits.call;
+        let mounts = self
+            .host_mounts
+            .try_clone()
+            .map_err(|source| PodFailure::Open {
+                path: "the host's mount namespace".into(),
+                source,
+            })?;
+        let network = tokio::task::spawn_blocking(move || {
+            HostNetwork::set_up(&directories, &dir, mounts, limit)
+        })
+        .await??;
+        self.record
+            .update(|status| status.set_addresses(&network.facts().addresses));
+        Ok(network)
+    }
+
+    /// All on the host that the machine will see. Blocking, too.
+    async fn prepare(&self, network: NetworkFacts) -> Result<Ground, PodFailure> {
         let manifest = Arc::clone(&self.manifest);
         let record = Arc::clone(&self.record);
         let data = self.directories.data().to_owned();
@@ -172,7 +218,7 @@ impl Pod {
             crate::state::private_dir(&dir.share())?;
             let share = Share::create(&dir.share(), dir.data())?;
             let memory_volumes = share.bind_volumes(&manifest)?;
-            share.write_etc(&manifest, &NetworkFacts::default())?;
+            share.write_etc(&manifest, &network)?;
             let prepare = |container: &k8s_openapi::api::core::v1::Container, init| {
                 let reference = container.image.as_deref().unwrap_or_default();
                 let image = store.resolve(reference)?;
