@@ -1,8 +1,11 @@
 //! The `hull` command with directories of its own, so that tests don't meet.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use tempfile::TempDir;
 
@@ -25,6 +28,27 @@ impl Hull {
         let hull = Self::without_images();
         let archive = image("busybox");
         let _ = hull.ok(["load".as_ref(), archive.as_os_str()]);
+        hull
+    }
+
+    /// With these images, in a store that all such hosts share: loading large ones takes its time.
+    ///
+    /// # Panics
+    /// When an image can't be loaded.
+    #[must_use]
+    pub fn with_images(names: &[&str]) -> Self {
+        static LOADED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+        let hull = Self::without_images();
+        let shared = data_root().join("test-images");
+        std::fs::create_dir_all(&shared).expect("the data directory is writable");
+        symlink(shared, hull.data.path().join("images")).expect("the data directory is writable");
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        for name in names {
+            if !loaded.contains(*name) {
+                let _ = hull.ok(["load".as_ref(), image(name).as_os_str()]);
+                loaded.insert((*name).to_owned());
+            }
+        }
         hull
     }
 

@@ -12,6 +12,7 @@
 
 pub mod host;
 pub mod hull;
+pub mod network;
 pub mod pod;
 
 use std::time::{Duration, Instant};
