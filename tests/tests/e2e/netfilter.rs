@@ -33,15 +33,7 @@ spec:
     securityContext: {runAsUser: 1000}
 ";
 
-/// What a server says to a container of the pod; empty when it can't be reached.
-fn said(pod: &Pod, container: &str, address: &str) -> String {
-    let script = format!("socat -u TCP4:{address} - 2> /dev/null");
-    String::from_utf8_lossy(&pod.exec(container, &script).stdout)
-        .trim_end()
-        .to_owned()
-}
-
-/// What it says to the host.
+/// What a server says to the host; empty when it can't be reached.
 fn said_outside(address: SocketAddr) -> String {
     let mut text = String::new();
     if let Ok(mut stream) = TcpStream::connect_timeout(&address, scaled(Duration::from_secs(1))) {
@@ -68,12 +60,55 @@ const NFT: Words = Words {
     clear: "nft flush ruleset",
     refuse: "nft 'table inet t { chain c { type filter hook input priority filter; tcp dport 7000 reject with tcp reset; }; }'",
     refuse_user: "nft 'table inet t { chain c { type filter hook output priority filter; meta skuid 1000 tcp dport 7000 reject with tcp reset; }; }'",
-    redirect: "nft 'table inet t { chain c { type nat hook output priority dstnat; tcp dport 7002 redirect to :7000; }; }'",
-    dnat: "nft 'table inet t { chain c { type nat hook output priority dstnat; ip daddr 192.0.2.1 tcp dport 80 dnat ip to 127.0.0.1:7000; }; }'",
-    tproxy: "nft 'table inet t { chain c { type filter hook prerouting priority mangle; tcp dport 7003 meta mark set 1 tproxy ip to :7004 accept; }; }'",
+    redirect: "nft 'table inet t { chain c { type nat hook output priority -100; tcp dport 7002 redirect to :7000; }; }'",
+    dnat: "nft 'table inet t { chain c { type nat hook output priority -100; ip daddr 192.0.2.1 tcp dport 80 dnat ip to 127.0.0.1:7000; }; }'",
+    tproxy: "nft 'table inet u { chain c { type filter hook prerouting priority mangle; tcp dport 7003 meta mark set 1 tproxy ip to :7004 accept; }; }'",
     established: "nft 'table inet t { chain c { type filter hook input priority filter; iif lo ct state established accept; iif lo tcp dport 7000 ct state new accept; iif lo drop; }; }'",
     refuse_ipv6: "nft 'table inet t { chain c { type filter hook output priority filter; ip6 daddr ::1 tcp dport 7000 counter reject; }; }'; nft list ruleset | grep -q 'ip6 daddr ::1'",
 };
+
+/// What the pod's own connections tell of the rules, by [`Words::script`].
+const EXPECTED: &str = "plain
+filter:
+owner, root: plain
+owner, user:
+redirected: plain
+translated: plain
+tracked
+established: plain
+not established:
+IPv6 refused";
+
+impl Words {
+    /// Sets one rule after the other, and sees what becomes of connections; the last ones stay.
+    fn script(&self) -> String {
+        let Self {
+            clear,
+            refuse,
+            refuse_user,
+            redirect,
+            dnat,
+            tproxy,
+            established,
+            refuse_ipv6,
+            ..
+        } = self;
+        format!(
+            "said() {{ socat -u $1:$2 - 2> /dev/null || echo; }}
+user() {{ su app -c \"socat -u TCP4:$1 -\" 2> /dev/null || echo; }}
+plain=127.0.0.1:7000
+{clear}; said TCP4 $plain
+{refuse}; echo filter: $(said TCP4 $plain); {clear}
+{refuse_user}; echo owner, root: $(said TCP4 $plain); echo owner, user: $(user $plain); {clear}
+{redirect}; echo redirected: $(user 127.0.0.1:7002); {clear}
+{dnat}; echo translated: $(user 192.0.2.1:80); {clear}
+conntrack -L -d 192.0.2.1 2> /dev/null | grep -q dst=192.0.2.1 && echo tracked
+{established}; echo established: $(user $plain); echo not established: $(user 127.0.0.1:7004,connect-timeout=5); {clear}
+{refuse_ipv6} && echo IPv6 refused; {clear}
+{refuse}; {tproxy}"
+        )
+    }
+}
 
 /// iptables, by nftables (`iptables`) or by its own tables (`iptables-legacy`).
 macro_rules! iptables {
@@ -130,6 +165,7 @@ fn every_generation_of_netfilter_works() {
         "nft list ruleset || iptables -S || iptables-legacy -S",
     );
     assert!(!unprivileged.status.success(), "{unprivileged:?}");
+    assert_eq!(outside(7003), "", "nobody is there");
 
     for words in [
         NFT,
@@ -137,37 +173,11 @@ fn every_generation_of_netfilter_works() {
         iptables!("iptables-legacy", "iptables-legacy", "ip6tables-legacy"),
     ] {
         let tool = words.name;
-        let set = |rules: &str| {
-            let _ = pod.sh("admin", &format!("set -e; {}; {rules}", words.clear));
-        };
-        let plain = "127.0.0.1:7000";
-
-        set(words.refuse);
-        assert_eq!(said(&pod, "admin", plain), "", "{tool}: filter");
+        assert_eq!(pod.sh("admin", &words.script()), EXPECTED, "{tool}");
         assert_eq!(outside(7000), "", "{tool}: filter, from outside");
-        set(words.refuse_user);
-        assert_eq!(said(&pod, "admin", plain), "plain", "{tool}: owner, root");
-        assert_eq!(said(&pod, "user", plain), "", "{tool}: owner, user");
-        set(words.redirect);
-        let redirected = said(&pod, "user", "127.0.0.1:7002");
-        assert_eq!(redirected, "plain", "{tool}: REDIRECT");
-        set(words.dnat);
-        let translated = said(&pod, "user", "192.0.2.1:80");
-        assert_eq!(translated, "plain", "{tool}: DNAT");
-        let flows = pod.sh("admin", "conntrack -L -d 192.0.2.1 2> /dev/null");
-        assert!(flows.contains("dst=192.0.2.1"), "{tool}: {flows}");
-        assert_eq!(outside(7003), "", "{tool}: nobody is there");
-        set(words.tproxy);
         assert_eq!(outside(7003), "caught", "{tool}: TPROXY");
-        set(words.established);
-        assert_eq!(said(&pod, "user", plain), "plain", "{tool}: conntrack");
-        assert_eq!(
-            said(&pod, "user", "127.0.0.1:7004"),
-            "",
-            "{tool}: conntrack"
-        );
-        set(words.refuse_ipv6);
-        set("true");
-        assert_eq!(said(&pod, "user", plain), "plain", "{tool}: no rules");
+        let _ = pod.sh("admin", words.clear);
+        assert_eq!(outside(7000), "plain", "{tool}: no rules");
+        assert_eq!(outside(7003), "", "{tool}: no rules");
     }
 }
