@@ -14,6 +14,7 @@ pub mod host;
 pub mod hull;
 pub mod network;
 pub mod pod;
+pub mod series;
 
 use std::time::{Duration, Instant};
 

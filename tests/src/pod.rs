@@ -101,9 +101,9 @@ impl<'a> Pod<'a> {
     #[must_use]
     pub fn container(&self, name: &str) -> serde_json::Value {
         let pod = self.inspect();
-        pod["status"]["containerStatuses"]
-            .as_array()
-            .into_iter()
+        ["containerStatuses", "ephemeralContainerStatuses"]
+            .iter()
+            .filter_map(|list| pod["status"][list].as_array())
             .flatten()
             .find(|status| status["name"] == name)
             .unwrap_or_else(|| panic!("container {name} in {pod}"))

@@ -20,6 +20,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -33,6 +34,7 @@ use crate::process::Process;
 
 use links::DeviceOf;
 use netlink::Netlink;
+use plan::Interface;
 pub use plan::Plan;
 
 /// The origin ("protocol") of addresses, routes and neighbours that the agent has made.
@@ -78,6 +80,7 @@ async fn apply(
     let namespace = File::open(OWN_NAMESPACE).doing(|| format!("opening {OWN_NAMESPACE}"))?;
     let indexes = links::bring(&plan.interfaces, device_of, home, &pod, namespace.as_fd()).await?;
     // They may decide what the interface does when it comes up.
+    ignore_routers(&plan.interfaces, sysctls)?;
     set_sysctls(sysctls)?;
     // A sysctl of the pod may have turned IPv6 off. Elsewhere it is set after the addresses, and
     // takes them away.
@@ -86,6 +89,24 @@ async fn apply(
     links::bring_up(&plan.interfaces, device_of, &pod).await?;
     routes::apply(&plan.routes, &indexes, &pod).await?;
     neighbours::apply(&plan.neighbours, &indexes, &pod).await
+}
+
+/// Addresses and routes come from the plan, so no router of the network gives the pod others, but
+/// where a sysctl of the pod's own has it so.
+fn ignore_routers(interfaces: &[Interface], sysctls: &BTreeMap<String, String>) -> Result<()> {
+    for Interface { name, .. } in interfaces {
+        for setting in ["accept_ra", "autoconf"] {
+            if sysctls.contains_key(&format!("net.ipv6.conf.{name}.{setting}")) {
+                continue;
+            }
+            match fs::write(format!("/proc/sys/net/ipv6/conf/{name}/{setting}"), "0") {
+                // No IPv6, in the guest or with so small an MTU.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                written => written.doing(|| format!("turning {setting} of {name} off"))?,
+            }
+        }
+    }
+    Ok(())
 }
 
 fn set_sysctls(sysctls: &BTreeMap<String, String>) -> Result<()> {

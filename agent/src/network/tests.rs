@@ -473,6 +473,33 @@ fn sysctls_of_an_interface_are_set_and_may_turn_ipv6_off() {
 }
 
 #[test]
+fn routers_of_the_network_give_no_addresses_but_where_asked_for() {
+    in_namespaces(2, async |world| {
+        let read = |interface: &str, setting: &str| {
+            let path = format!("/proc/sys/net/ipv6/conf/{interface}/{setting}");
+            fs::read_to_string(path).unwrap().trim().to_owned()
+        };
+        let mut request = usual();
+        request.interfaces.push(interface(1, "net1", vec![]));
+        let sysctls = BTreeMap::from([("net.ipv6.conf.net1.accept_ra".into(), "2".into())]);
+
+        let plan = Plan::new(&request).unwrap();
+        apply(plan, &sysctls, &device_of, &world.home)
+            .await
+            .unwrap();
+
+        assert_eq!(
+            (read("eth0", "accept_ra"), read("eth0", "autoconf")),
+            ("0".into(), "0".into())
+        );
+        assert_eq!(
+            (read("net1", "accept_ra"), read("net1", "autoconf")),
+            ("2".into(), "0".into())
+        );
+    });
+}
+
+#[test]
 fn errors_say_what_was_being_done_to_what() {
     in_namespaces(1, async |world| {
         let mut request = usual();

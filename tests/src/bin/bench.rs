@@ -17,50 +17,12 @@ use std::time::{Duration, Instant};
 use hull_tests::host;
 use hull_tests::hull::{Hull, assert_success};
 use hull_tests::pod::{Pod, sleepers};
+use hull_tests::series::{Series, print};
 
 const ROUNDS: usize = 5;
 
-/// One series of measurements.
-#[derive(Debug)]
-struct Series {
-    name: &'static str,
-    seconds: Vec<f64>,
-}
-
-impl Series {
-    fn new(name: &'static str) -> Self {
-        Self {
-            name,
-            seconds: Vec::new(),
-        }
-    }
-
-    fn add(&mut self, time: Duration) {
-        self.seconds.push(time.as_secs_f64());
-    }
-
-    fn median(&self) -> f64 {
-        let mut sorted = self.seconds.clone();
-        sorted.sort_by(f64::total_cmp);
-        sorted[sorted.len() / 2]
-    }
-}
-
-/// Prints each series, and its ratio to the first.
-fn print(title: &str, series: &[Series]) {
-    println!("{title} (median of {ROUNDS}, and the ratio to the first)");
-    for one in series {
-        println!(
-            "  {:40} {:8.3} s  {:5.2}",
-            one.name,
-            one.median(),
-            one.median() / series[0].median()
-        );
-    }
-}
-
-/// Time from the start of a command until it has printed `wanted`, which it must; then it is let end.
-fn until_printed(command: &mut Command, wanted: &str) -> Duration {
+/// Seconds from the start of a command until it has printed `wanted`, which it must; then it is let end.
+fn until_printed(command: &mut Command, wanted: &str) -> f64 {
     let start = Instant::now();
     let mut child = command
         .stdin(Stdio::null())
@@ -80,7 +42,7 @@ fn until_printed(command: &mut Command, wanted: &str) -> Duration {
         );
         printed.extend_from_slice(&chunk[..read]);
         if String::from_utf8_lossy(&printed).contains(wanted) {
-            break start.elapsed();
+            break start.elapsed().as_secs_f64();
         }
     };
     let mut rest = Vec::new();
@@ -136,7 +98,7 @@ spec:
             "hello",
         ));
     }
-    print("Command to the container's first output", &series);
+    print("Command to the container's first output", "s", &series);
 }
 
 /// An initramfs whose first process prints a line and powers off.
@@ -199,6 +161,7 @@ fn boot(hull: &Hull) {
     }
     print(
         "VMM started to the first line of init, same kernel and initramfs, 1 vCPU, 256 MiB",
+        "s",
         &series,
     );
 }

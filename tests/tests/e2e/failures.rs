@@ -49,7 +49,18 @@ fn the_supervisor_is_killed() {
         Duration::from_secs(2),
         || (!host::is_alive(vmm)).then_some(()),
     );
-    assert_nothing_runs(&hull);
+    // The network's server of names stays until somebody gives the pod's addresses back.
+    eventually(
+        "no process of the pod is left",
+        Duration::from_secs(2),
+        || {
+            let left = host::processes_of(&hull.run_dir());
+            left.iter()
+                .all(|process| process.contains("aardvark-dns"))
+                .then_some(())
+        },
+    );
+    assert_eq!(host::mounts_under(&hull.run_dir()), Vec::<String>::new());
     assert!(!hull.ok(["ps"]).contains("Running"));
 
     // The next run of that name just works, and gc leaves nothing of the first.
@@ -57,6 +68,7 @@ fn the_supervisor_is_killed() {
     let _ = hull.ok(["rm", "--force", "orphan"]);
     let _ = hull.ok(["gc"]);
     assert_eq!(host::pods_in(&hull.run_dir()), Vec::<String>::new());
+    assert_nothing_runs(&hull);
 }
 
 #[test]

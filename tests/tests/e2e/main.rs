@@ -6,6 +6,7 @@
     reason = "a test reports by panicking"
 )]
 
+mod attach;
 mod failures;
 mod guests;
 mod images;
@@ -16,6 +17,7 @@ mod log_shipping;
 mod manifests;
 mod mesh;
 mod netfilter;
+mod pause;
 mod pjdfstest;
 mod pod_files;
 mod pod_rules;

@@ -179,3 +179,57 @@ spec:
         "{printed}"
     );
 }
+
+#[test]
+fn sysctls_are_the_pods_own_before_any_container() {
+    let hull = Hull::new();
+    let settings = [
+        ("kernel.shm_rmid_forced", "1"),
+        ("kernel.sem", "300 32000 100 200"),
+        ("fs.mqueue.msg_max", "20"),
+        ("net.ipv4.ip_unprivileged_port_start", "80"),
+        ("net.ipv4.conf.eth0.forwarding", "1"),
+        ("net.ipv6.conf.eth0.accept_dad", "0"),
+    ];
+    let list: String = settings
+        .iter()
+        .map(|(name, value)| format!("    - {{name: {name}, value: {value:?}}}\n"))
+        .collect();
+    let rest = format!(
+        "  securityContext:\n    sysctls:\n{list}  initContainers:\n  - {{name: early, image: busybox, command: [cat, /proc/sys/kernel/shm_rmid_forced]}}\n"
+    );
+    let pod = Pod::start(&hull, "tuned", &sleepers("tuned", &[("one", "")], &rest));
+
+    for (name, value) in settings {
+        let path = format!("cat /proc/sys/{} | tr '\\t' ' '", name.replace('.', "/"));
+        assert_eq!(pod.sh("one", &path), value, "{name}");
+    }
+    assert_eq!(pod.logs("early"), "1\n");
+    // Nobody on the network gives the pod addresses or routes.
+    for setting in ["accept_ra", "autoconf"] {
+        let path = format!("cat /proc/sys/net/ipv6/conf/eth0/{setting}");
+        assert_eq!(pod.sh("one", &path), "0", "{setting}");
+    }
+}
+
+#[test]
+fn sysctls_that_are_not_the_pods_are_refused() {
+    let hull = Hull::new();
+    let run = |name: &str, sysctl: &str| {
+        let rest = format!("  securityContext:\n    sysctls: [{{name: {sysctl}, value: \"1\"}}]\n");
+        let manifest = sleepers(name, &[("one", "")], &rest);
+        let path = hull.manifest("sysctl.yaml", &manifest);
+        let output = hull.run(["run".as_ref(), "-d".as_ref(), path.as_os_str()]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), said)
+    };
+
+    let (code, said) = run("global", "kernel.panic");
+    assert_eq!(code, Some(2), "{said}");
+    let place = "spec.securityContext.sysctls[0].name: \"kernel.panic\": belongs to no namespace";
+    assert!(said.contains(place), "{said}");
+
+    let (code, said) = run("nowhere", "net.ipv4.conf.eth9.forwarding");
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("of interface eth9"), "{said}");
+}

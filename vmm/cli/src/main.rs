@@ -6,6 +6,7 @@ mod output;
 mod pods;
 mod printer;
 mod progress;
+mod session;
 mod terminal;
 
 use std::path::PathBuf;
@@ -23,12 +24,12 @@ Exit codes:
   0    done; for `run`: every container returned 0
   1    it failed
   2    bad input: the command line, the manifest or what it names; nothing was started
-  125  exec: hull itself failed
-  126  exec: the program can't be executed
-  127  exec: there is no such program
+  125  exec, attach-container: hull itself failed
+  126  exec, attach-container: the program can't be executed
+  127  exec, attach-container: there is no such program
   130  run: interrupted by Ctrl-C
-  `run` returns the code of the container that failed first, `exec` that of its process
-  (128 + N when signal N ended it).";
+  `run` returns the code of the container that failed first, `exec` and `attach-container`
+  that of their process (128 + N when signal N ended it).";
 
 /// Pods in virtual machines
 #[derive(Debug, Parser)]
@@ -64,7 +65,10 @@ enum Command {
     Ps(commands::ps::Args),
     Logs(commands::logs::Args),
     Exec(commands::exec::Args),
+    AttachContainer(commands::attach_container::Args),
     Kill(commands::kill::Args),
+    Pause(commands::pause::PauseArgs),
+    Resume(commands::pause::ResumeArgs),
     Stop(commands::stop::Args),
     Rm(commands::rm::Args),
     Inspect(commands::inspect::Args),
@@ -111,7 +115,10 @@ fn main() -> ExitCode {
         Command::Ps(args) => commands::ps::run(&host, &args),
         Command::Logs(args) => commands::logs::run(&host, args),
         Command::Exec(args) => commands::exec::run(&host, args),
+        Command::AttachContainer(args) => commands::attach_container::run(&host, args),
         Command::Kill(args) => commands::kill::run(&host, args),
+        Command::Pause(args) => commands::pause::pause(&host, &args),
+        Command::Resume(args) => commands::pause::resume(&host, &args),
         Command::Stop(args) => commands::stop::run(&host, &args),
         Command::Rm(args) => commands::rm::run(&host, &args),
         Command::Inspect(args) => commands::inspect::run(&host, &args),

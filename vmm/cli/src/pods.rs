@@ -80,6 +80,9 @@ pub fn status_word(status: &PodStatus) -> String {
         }
         _ => None,
     };
+    if status.paused {
+        return "Paused".into();
+    }
     match status.phase {
         Phase::Pending => {
             let done = status.init_containers.iter().filter(|c| c.finished).count();

@@ -36,6 +36,16 @@ impl Drop for RawTerminal {
     }
 }
 
+const DEFAULT_SIZE: Size = Size {
+    columns: 80,
+    rows: 24,
+};
+
+/// The terminal's size, or that of the oldest ones where there is none.
+pub fn size_or_default() -> Size {
+    size().unwrap_or(DEFAULT_SIZE)
+}
+
 /// The terminal's size, by whichever standard stream is one.
 pub fn size() -> Option<Size> {
     let size = tcgetwinsize(io::stdout())

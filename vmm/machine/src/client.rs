@@ -7,9 +7,11 @@
 //! "any child".
 
 mod answers;
+mod spec;
 
+use std::convert::Infallible;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -22,12 +24,10 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use self::answers::Answers;
+use self::answers::{Answers, Pending};
+pub use self::spec::{MachineSpec, NetSpec};
 use crate::channel::{self, AsyncChannel, Channel, ChannelError};
-use crate::config::{
-    BlockConfig, CachePolicy, ConsoleConfig, FdIndex, MachineConfig, NetConfig, ShareConfig,
-    TapConfig, VsockConfig,
-};
+use crate::config::TapDescriptors;
 use crate::control::{ConnectRefused, Event, ExitReason, PlugRefused, Request};
 use crate::warnings::WARNING_CHARS;
 
@@ -38,128 +38,10 @@ const REASON_CHARS: usize = 2000;
 /// Warnings that a machine gets into the log in all its life: a guest can cause as many as it likes.
 const WARNINGS: u32 = 1000;
 
-/// A machine as the supervisor describes it, with the descriptors it hands over.
-#[derive(Debug)]
-pub struct MachineSpec {
-    config: MachineConfig,
-    descriptors: Vec<OwnedFd>,
-}
-
-impl MachineSpec {
-    /// One processor and 256 MiB of memory, a kernel, and a pipe for the guest's console.
-    pub fn new(
-        kvm: impl Into<OwnedFd>,
-        kernel: impl Into<OwnedFd>,
-        console: impl Into<OwnedFd>,
-    ) -> Self {
-        Self {
-            config: MachineConfig {
-                vcpus: 1,
-                memory_mib: 256,
-                kvm: FdIndex(0),
-                kernel: FdIndex(1),
-                initramfs: None,
-                cmdline: String::new(),
-                console: ConsoleConfig { output: FdIndex(2) },
-                shares: Vec::new(),
-                blocks: Vec::new(),
-                vsock: None,
-                nets: Vec::new(),
-            },
-            descriptors: vec![kvm.into(), kernel.into(), console.into()],
-        }
-    }
-
-    #[must_use]
-    pub fn vcpus(mut self, vcpus: u8) -> Self {
-        self.config.vcpus = vcpus;
-        self
-    }
-
-    #[must_use]
-    pub fn memory_mib(mut self, memory_mib: u64) -> Self {
-        self.config.memory_mib = memory_mib;
-        self
-    }
-
-    #[must_use]
-    pub fn initramfs(mut self, initramfs: impl Into<OwnedFd>) -> Self {
-        self.config.initramfs = Some(self.attach(initramfs.into()));
-        self
-    }
-
-    #[must_use]
-    pub fn cmdline(mut self, cmdline: impl Into<String>) -> Self {
-        self.config.cmdline = cmdline.into();
-        self
-    }
-
-    /// Adds a directory tree. Mounts that the supervisor makes under `root` after
-    /// [`Machine::launch`] reach the guest if `root` lies on a shared mount; those
-    /// made while it runs may not.
-    #[must_use]
-    pub fn share(
-        mut self,
-        tag: impl Into<String>,
-        root: impl Into<OwnedFd>,
-        read_only: bool,
-        cache: CachePolicy,
-    ) -> Self {
-        let root = self.attach(root.into());
-        self.config.shares.push(ShareConfig {
-            tag: tag.into(),
-            root,
-            read_only,
-            cache,
-        });
-        self
-    }
-
-    #[must_use]
-    pub fn block(
-        mut self,
-        id: impl Into<String>,
-        disk: impl Into<OwnedFd>,
-        read_only: bool,
-    ) -> Self {
-        let disk = self.attach(disk.into());
-        self.config.blocks.push(BlockConfig {
-            id: id.into(),
-            disk,
-            read_only,
-        });
-        self
-    }
-
-    #[must_use]
-    pub fn vsock(mut self, cid: u32, guest_ports: Vec<u32>) -> Self {
-        self.config.vsock = Some(VsockConfig { cid, guest_ports });
-        self
-    }
-
-    /// Adds a network interface with an MTU of 68 to 65535 bytes, after those that were added before. Without a tap
-    /// (see [`TapConfig`]) its link is down until one is plugged ([`Machine::plug_net`]).
-    #[must_use]
-    pub fn net(mut self, mac: [u8; 6], mtu: u16, tap: Option<OwnedFd>) -> Self {
-        let tap = tap.map(|tap| TapConfig {
-            queue: self.attach(tap),
-        });
-        self.config.nets.push(NetConfig { mac, mtu, tap });
-        self
-    }
-
-    fn attach(&mut self, descriptor: OwnedFd) -> FdIndex {
-        // More than the channel takes (and so more than fits) is refused when it is sent.
-        let index = u16::try_from(self.descriptors.len()).unwrap_or(u16::MAX);
-        self.descriptors.push(descriptor);
-        FdIndex(index)
-    }
-}
-
 /// A connection that the guest made.
 #[derive(Debug)]
 pub struct GuestConnection {
-    /// The host's port, one of [`VsockConfig::guest_ports`].
+    /// The host's port, one of [`crate::config::VsockConfig::guest_ports`].
     pub port: u32,
     pub stream: UnixStream,
 }
@@ -217,6 +99,33 @@ pub enum PlugError {
     Ended(#[source] ExitReason),
 }
 
+/// Why `hull-vmm` didn't do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    #[error("asking hull-vmm")]
+    Channel(#[from] ChannelError),
+    #[error("the machine has ended")]
+    Ended(#[source] ExitReason),
+}
+
+impl From<AskError> for ConnectError {
+    fn from(error: AskError) -> Self {
+        match error {
+            AskError::Channel(error) => Self::Channel(error),
+            AskError::Ended(reason) => Self::Ended(reason),
+        }
+    }
+}
+
+impl From<AskError> for PlugError {
+    fn from(error: AskError) -> Self {
+        match error {
+            AskError::Channel(error) => Self::Channel(error),
+            AskError::Ended(reason) => Self::Ended(reason),
+        }
+    }
+}
+
 /// A running machine. Dropping it kills the machine.
 #[derive(Debug)]
 pub struct Machine {
@@ -225,6 +134,7 @@ pub struct Machine {
     process: Arc<AsyncFd<OwnedFd>>,
     connects: Arc<Answers<ConnectRefused>>,
     plugs: Arc<Answers<PlugRefused>>,
+    pauses: Arc<Answers<Infallible>>,
     ended: watch::Receiver<Option<ExitReason>>,
 }
 
@@ -247,6 +157,7 @@ impl Machine {
 
         let connects = Arc::new(Answers::default());
         let plugs = Arc::new(Answers::default());
+        let pauses = Arc::new(Answers::default());
         let (running, runs) = oneshot::channel();
         let (guest_connections, accepted) = mpsc::channel(WAITING_CONNECTIONS);
         let (end, ended) = watch::channel(None);
@@ -255,6 +166,7 @@ impl Machine {
             process: Arc::clone(&process),
             connects: Arc::clone(&connects),
             plugs: Arc::clone(&plugs),
+            pauses: Arc::clone(&pauses),
             running: Some(running),
             guest_connections,
             warnings_left: WARNINGS,
@@ -267,6 +179,7 @@ impl Machine {
             process,
             connects,
             plugs,
+            pauses,
             ended,
         };
 
@@ -297,52 +210,75 @@ impl Machine {
             id: pending.id,
             port,
         };
-        if let Err(error) = self.control.send(&request, &[theirs.as_fd()]).await {
-            return Err(match &*self.ended.borrow() {
-                Some(reason) => ConnectError::Ended(reason.clone()),
-                None => error.into(),
-            });
-        }
-        drop(theirs);
-
-        let mut ended = self.ended.clone();
-        tokio::select! {
-            answer = pending.answer() => match answer {
-                Some(Ok(())) => Ok(stream),
-                Some(Err(source)) => Err(ConnectError::Refused { port, source }),
-                None => Err(ConnectError::Ended(self.wait().await)),
-            },
-            reason = wait_for_end(&mut ended) => Err(ConnectError::Ended(reason)),
+        match self.ask(pending, &request, &[theirs.as_fd()]).await? {
+            Ok(()) => Ok(stream),
+            Err(source) => Err(ConnectError::Refused { port, source }),
         }
     }
 
-    /// Brings a network interface up with a tap (see [`TapConfig`]); `index` counts the calls of [`MachineSpec::net`]
-    /// from 0. The guest's driver is told when there is one.
+    /// Brings a network interface up with a tap; `index` counts the calls of [`MachineSpec::net`] from 0. The guest's
+    /// driver is told when there is one.
     ///
     /// # Errors
-    /// When there is no such interface, it has a tap already, or the machine has ended.
-    pub async fn plug_net(&self, index: u8, tap: OwnedFd) -> Result<(), PlugError> {
+    /// When there is no such interface, it has a tap already, the descriptors are not what it needs, or the machine
+    /// has ended.
+    pub async fn plug_net(&self, index: u8, tap: TapDescriptors) -> Result<(), PlugError> {
         let pending = self.plugs.begin();
+        let (tap, descriptors) = spec::tap_alone(tap);
         let request = Request::PlugNet {
             id: pending.id,
             index,
+            tap,
         };
-        if let Err(error) = self.control.send(&request, &[tap.as_fd()]).await {
+        let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        let plugged = self.ask(pending, &request, &borrowed).await?;
+        plugged.map_err(|source| PlugError::Refused { index, source })
+    }
+
+    /// Stops the guest's processors, and returns when they stand. Devices go on with what they were asked to do,
+    /// connections stay, and the guest's clock goes on: to it, it was a moment. Done again, it does nothing.
+    ///
+    /// # Errors
+    /// When the machine has ended.
+    pub async fn pause(&self) -> Result<(), AskError> {
+        let pending = self.pauses.begin();
+        let request = Request::Pause { id: pending.id };
+        let paused = self.ask(pending, &request, &[]).await?;
+        paused.map_err(|never| match never {})
+    }
+
+    /// Lets the guest's processors go on. Done again, it does nothing.
+    ///
+    /// # Errors
+    /// When the machine has ended.
+    pub async fn resume(&self) -> Result<(), AskError> {
+        let pending = self.pauses.begin();
+        let request = Request::Resume { id: pending.id };
+        let resumed = self.ask(pending, &request, &[]).await?;
+        resumed.map_err(|never| match never {})
+    }
+
+    /// Sends a request, and waits for its answer or the machine's end. The caller's copies of the descriptors are
+    /// closed by the caller.
+    async fn ask<E>(
+        &self,
+        pending: Pending<E>,
+        request: &Request,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Result<(), E>, AskError> {
+        if let Err(error) = self.control.send(request, descriptors).await {
             return Err(match &*self.ended.borrow() {
-                Some(reason) => PlugError::Ended(reason.clone()),
+                Some(reason) => AskError::Ended(reason.clone()),
                 None => error.into(),
             });
         }
-        drop(tap);
-
         let mut ended = self.ended.clone();
         tokio::select! {
             answer = pending.answer() => match answer {
-                Some(Ok(())) => Ok(()),
-                Some(Err(source)) => Err(PlugError::Refused { index, source }),
-                None => Err(PlugError::Ended(self.wait().await)),
+                Some(answer) => Ok(answer),
+                None => Err(AskError::Ended(self.wait().await)),
             },
-            reason = wait_for_end(&mut ended) => Err(PlugError::Ended(reason)),
+            reason = wait_for_end(&mut ended) => Err(AskError::Ended(reason)),
         }
     }
 
@@ -446,6 +382,7 @@ struct Follower {
     process: Arc<AsyncFd<OwnedFd>>,
     connects: Arc<Answers<ConnectRefused>>,
     plugs: Arc<Answers<PlugRefused>>,
+    pauses: Arc<Answers<Infallible>>,
     running: Option<oneshot::Sender<()>>,
     guest_connections: mpsc::Sender<GuestConnection>,
     warnings_left: u32,
@@ -490,6 +427,7 @@ impl Follower {
             },
             Event::Connected { id, result } => self.connects.finish(id, result),
             Event::Plugged { id, result } => self.plugs.finish(id, result),
+            Event::Paused { id } | Event::Resumed { id } => self.pauses.finish(id, Ok(())),
             Event::GuestConnection { port } => {
                 if let Some(stream) = descriptors.pop().and_then(|fd| stream(fd).ok()) {
                     // When the supervisor has no room or no interest, closing is the answer.

@@ -1,5 +1,8 @@
 //! What a machine is made of, as the supervisor tells `hull-vmm`.
 
+use std::num::NonZeroU64;
+use std::os::fd::OwnedFd;
+
 use serde::{Deserialize, Serialize};
 
 /// Position of a descriptor among those sent with the configuration message.
@@ -31,11 +34,12 @@ pub struct MachineConfig {
 impl MachineConfig {
     /// How many descriptors the configuration names.
     pub fn descriptors(&self) -> usize {
+        let taps = self.nets.iter().filter_map(|net| net.tap.as_ref());
         // /dev/kvm, the kernel and the console's output.
         3 + usize::from(self.initramfs.is_some())
             + self.shares.len()
             + self.blocks.len()
-            + self.nets.iter().filter(|net| net.tap.is_some()).count()
+            + taps.map(TapConfig::descriptors).sum::<usize>()
     }
 }
 
@@ -94,17 +98,75 @@ pub struct VsockConfig {
 /// A network interface (virtio-net).
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct NetConfig {
-    /// The interface's hardware address.
+    /// The interface's hardware address. The guest may take another.
     pub mac: [u8; 6],
     /// Bytes of the longest packet, without Ethernet's header: 68 to 65535.
     pub mtu: u16,
-    /// None: the link is down until a tap is plugged ([`crate::control::Request::PlugNet`]).
+    /// 1 to the number of processors, and at most [`MAX_QUEUE_PAIRS`].
+    pub queue_pairs: u8,
+    /// None: the link is down until a tap is plugged ([`crate::control::Request::PlugNet`]), and UDP segmentation
+    /// is not offered.
     pub tap: Option<TapConfig>,
+    pub limits: NetLimits,
 }
 
+/// As many queue pairs as an interface can have: descriptors for them fit in one message, beside others.
+pub const MAX_QUEUE_PAIRS: u8 = 8;
+
 /// The host's end of a network interface.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct TapConfig {
-    /// A tap opened with `IFF_TAP`, `IFF_NO_PI` and `IFF_VNET_HDR`, attached to its interface.
-    pub queue: FdIndex,
+    /// See [`TapDescriptors::queues`].
+    pub queues: Vec<FdIndex>,
+    /// See [`TapDescriptors::vhost`].
+    pub vhost: Vec<FdIndex>,
+}
+
+impl TapConfig {
+    /// How many descriptors it names.
+    pub fn descriptors(&self) -> usize {
+        self.queues.len() + self.vhost.len()
+    }
+}
+
+/// The descriptors that a [`TapConfig`] names.
+#[derive(Debug, Default)]
+pub struct TapDescriptors {
+    /// A tap, opened once for each queue pair with `IFF_TAP`, `IFF_NO_PI` and `IFF_VNET_HDR`, and with
+    /// `IFF_MULTI_QUEUE` if there are several, attached to its interface.
+    pub queues: Vec<OwnedFd>,
+    /// `/dev/vhost-net`, opened once for each queue pair: the host's kernel moves packets. Empty: `hull-vmm` does. It
+    /// also does whenever there are [`NetLimits`], which the kernel would not keep, and when the kernel refuses.
+    pub vhost: Vec<OwnedFd>,
+}
+
+/// How much an interface may move, from the guest's point of view.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct NetLimits {
+    pub receive: DirectionLimits,
+    pub transmit: DirectionLimits,
+}
+
+/// How much may go one way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct DirectionLimits {
+    /// Bytes of Ethernet frames.
+    pub bandwidth: Option<RateLimit>,
+    /// Packets; one that is to be cut into segments by whoever takes it counts once.
+    pub packets: Option<RateLimit>,
+}
+
+impl DirectionLimits {
+    /// Whether nothing is limited.
+    pub fn is_unlimited(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A rate over any length of time, and what may be moved at once after a pause.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RateLimit {
+    pub per_second: NonZeroU64,
+    /// A packet is let through whole while any of it is left, so 0 is taken for 1.
+    pub burst: u64,
 }

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::channel::Message;
-use crate::config::MachineConfig;
+use crate::config::{MachineConfig, TapConfig};
 
 /// From the supervisor.
 #[derive(Debug, Serialize, Deserialize)]
@@ -17,8 +17,12 @@ pub enum Request {
     /// which becomes the connection. Answered by [`Event::Connected`].
     Connect { id: u64, port: u32 },
     /// Bring a network interface up, by its place among [`MachineConfig::nets`].
-    /// Attached: a tap as in [`crate::config::TapConfig`]. Answered by [`Event::Plugged`].
-    PlugNet { id: u64, index: u8 },
+    /// Attached: the descriptors that `tap` names, by their place in this message. Answered by [`Event::Plugged`].
+    PlugNet { id: u64, index: u8, tap: TapConfig },
+    /// Keep the processors out of the guest. Answered by [`Event::Paused`] when they are.
+    Pause { id: u64 },
+    /// Let them go on. Answered by [`Event::Resumed`].
+    Resume { id: u64 },
     /// End the machine at once, as a power cut would.
     Stop,
 }
@@ -27,8 +31,9 @@ impl Message for Request {
     fn descriptors(&self) -> usize {
         match self {
             Self::Boot(config) => config.descriptors(),
-            Self::Connect { .. } | Self::PlugNet { .. } => 1,
-            Self::Stop => 0,
+            Self::Connect { .. } => 1,
+            Self::PlugNet { tap, .. } => tap.descriptors(),
+            Self::Pause { .. } | Self::Resume { .. } | Self::Stop => 0,
         }
     }
 }
@@ -51,6 +56,10 @@ pub enum Event {
         id: u64,
         result: Result<(), PlugRefused>,
     },
+    /// No processor is in the guest.
+    Paused { id: u64 },
+    /// The processors go on.
+    Resumed { id: u64 },
     /// The guest connected to `port` of the host. Attached: the stream.
     GuestConnection { port: u32 },
     /// Something is not as it should be, and the machine goes on.
@@ -66,6 +75,8 @@ impl Message for Event {
             Self::Running
             | Self::Connected { .. }
             | Self::Plugged { .. }
+            | Self::Paused { .. }
+            | Self::Resumed { .. }
             | Self::Warning(_)
             | Self::Ended(_) => 0,
         }
@@ -92,8 +103,12 @@ pub enum PlugRefused {
     NoInterface,
     #[error("the network interface has a tap already")]
     Plugged,
-    #[error("the tap is no usable descriptor")]
-    Unusable,
+    #[error(
+        "the descriptors are not one of a tap, and one or none of vhost-net, for each queue pair"
+    )]
+    Descriptors,
+    #[error("setting the tap up: {}", std::io::Error::from_raw_os_error(*.errno))]
+    Tap { errno: i32 },
 }
 
 /// Why a machine ended.

@@ -20,7 +20,9 @@ use rustix::process::{Resource, getrlimit};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 use crate::boot::{acpi, kernel, pvh, reset};
-use crate::config::{BlockConfig, FdIndex, MachineConfig, NetConfig, ShareConfig};
+use crate::config::{
+    BlockConfig, FdIndex, MachineConfig, NetConfig, ShareConfig, TapConfig, TapDescriptors,
+};
 use crate::control::{ConnectRefused, ExitReason, PlugRefused};
 use crate::devices::block::Block;
 use crate::devices::console::Console;
@@ -32,6 +34,7 @@ use crate::devices::vsock::{Vsock, VsockHandle};
 use crate::jail::Shares;
 use crate::kvm::cpuid::address_bits;
 use crate::kvm::ending::Ending;
+use crate::kvm::gate::Gate;
 use crate::kvm::interrupts::KvmPlatform;
 use crate::kvm::vcpu::{Mmio, Running, Vcpu};
 use crate::kvm::vm::{KvmError, Vm};
@@ -41,8 +44,11 @@ use crate::pci::{PciError, PciRoot};
 
 /// As many processors as local APIC ids and file system queues are laid out for.
 const MAX_VCPUS: u8 = 64;
-/// Descriptors that are this process's own: the rest is the guest's files.
+/// Descriptors that are this process's own, without those of network interfaces: the rest is the guest's files.
 const OWN_DESCRIPTORS: u64 = 512;
+/// Descriptors that a network interface needs for each of its queue pairs, and then some: events of both queues, the
+/// tap, vhost-net, and the thread's own.
+const PAIR_DESCRIPTORS: u64 = 24;
 
 /// Why a machine could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -63,8 +69,8 @@ pub enum BuildError {
     Pci(#[from] PciError),
     #[error("making the virtio-fs device")]
     FileSystem(#[from] FsError),
-    #[error("making the virtio-net device")]
-    Net(#[from] NetError),
+    #[error("making network interface {index}")]
+    Net { index: usize, source: NetError },
     #[error("making the {device} device")]
     Device {
         device: &'static str,
@@ -115,6 +121,7 @@ impl Descriptors {
 #[derive(Debug)]
 pub struct Machine {
     ending: Ending,
+    gate: Gate,
     pci: Arc<PciRoot>,
     vsock: Option<VsockHandle>,
     nets: Vec<NetHandle>,
@@ -151,6 +158,7 @@ impl Machine {
         let entry = load_guest(config, &mut descriptors, &memory, mmio64_start)?;
         Ok(Self {
             ending: Ending::new().map_err(BuildError::Event)?,
+            gate: Gate::default(),
             pci: Arc::new(pci),
             vsock: handles.vsock,
             nets: handles.nets,
@@ -166,11 +174,13 @@ impl Machine {
     pub fn start(&mut self) -> Result<(), StartError> {
         for vcpu in self.ready.drain(..) {
             let mmio = Arc::clone(&self.pci) as Arc<dyn Mmio>;
-            let running = vcpu.start(mmio, self.ending.clone()).map_err(|error| {
-                self.ending
-                    .end(ExitReason::Failed(format!("starting a processor: {error}")));
-                StartError(error)
-            })?;
+            let running = vcpu
+                .start(mmio, self.ending.clone(), &self.gate)
+                .map_err(|error| {
+                    self.ending
+                        .end(ExitReason::Failed(format!("starting a processor: {error}")));
+                    StartError(error)
+                })?;
             self.running.push(running);
         }
         Ok(())
@@ -184,15 +194,42 @@ impl Machine {
         }
     }
 
-    /// Brings a network interface up with a tap, by its place in the configuration.
+    /// Brings a network interface up with a tap, by its place in the configuration. The descriptors are those that
+    /// came with the request.
     ///
     /// # Errors
-    /// When there is no such interface, it has a tap, or this one is unusable.
-    pub fn plug_net(&self, index: u8, tap: OwnedFd) -> Result<(), PlugRefused> {
-        self.nets
+    /// When there is no such interface, it has a tap, or the descriptors are not what it needs.
+    pub fn plug_net(
+        &self,
+        index: u8,
+        tap: &TapConfig,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), PlugRefused> {
+        let net = self
+            .nets
             .get(usize::from(index))
-            .ok_or(PlugRefused::NoInterface)?
-            .plug(tap)
+            .ok_or(PlugRefused::NoInterface)?;
+        let mut descriptors = Descriptors::new(descriptors);
+        let tap = tap_descriptors(tap, &mut descriptors).map_err(|_| PlugRefused::Descriptors)?;
+        net.plug(tap)
+    }
+
+    /// Keeps the processors out of the guest, and returns when they are.
+    pub fn pause(&self) {
+        self.gate.close();
+        self.kick();
+        self.gate.wait_empty();
+    }
+
+    /// Lets the processors go on.
+    pub fn resume(&self) {
+        self.gate.open();
+    }
+
+    fn kick(&self) {
+        for vcpu in &self.running {
+            vcpu.kick();
+        }
     }
 
     /// Ends the machine as a power cut would. Returns at once.
@@ -209,9 +246,8 @@ impl Machine {
     /// written before it powered off is written.
     pub fn wait(self) -> ExitReason {
         let reason = self.ending.wait();
-        for vcpu in &self.running {
-            vcpu.kick();
-        }
+        self.gate.open();
+        self.kick();
         for vcpu in self.running {
             vcpu.join();
         }
@@ -279,23 +315,33 @@ fn add_devices(
         pci.add_virtio(Box::new(device))?;
         handles.vsock = Some(handle);
     }
-    for net in &config.nets {
-        let (device, handle) = interface(net, descriptors)?;
+    for (index, net) in config.nets.iter().enumerate() {
+        let tap = match &net.tap {
+            Some(tap) => Some(tap_descriptors(tap, descriptors)?),
+            None => None,
+        };
+        let (device, handle) =
+            Net::new(net, config.vcpus, tap).map_err(|source| BuildError::Net { index, source })?;
         pci.add_virtio(Box::new(device))?;
         handles.nets.push(handle);
     }
     Ok((pci, handles))
 }
 
-fn interface(
-    net: &NetConfig,
+fn tap_descriptors(
+    tap: &TapConfig,
     descriptors: &mut Descriptors,
-) -> Result<(Net, NetHandle), BuildError> {
-    let tap = match &net.tap {
-        Some(tap) => Some(descriptors.take(tap.queue)?),
-        None => None,
+) -> Result<TapDescriptors, BuildError> {
+    let mut take = |indices: &[FdIndex]| -> Result<Vec<OwnedFd>, BuildError> {
+        indices
+            .iter()
+            .map(|index| descriptors.take(*index))
+            .collect()
     };
-    Ok(Net::new(net.mac, net.mtu, tap)?)
+    Ok(TapDescriptors {
+        queues: take(&tap.queues)?,
+        vhost: take(&tap.vhost)?,
+    })
 }
 
 fn console(config: &MachineConfig, descriptors: &mut Descriptors) -> Result<Console, BuildError> {
@@ -311,6 +357,12 @@ fn blocks(config: &MachineConfig, descriptors: &mut Descriptors) -> Result<Vec<B
     config.blocks.iter().map(&mut make).collect()
 }
 
+/// Descriptors that this process needs for itself, whatever the guest opens.
+fn own_descriptors(nets: &[NetConfig]) -> u64 {
+    let pairs: u64 = nets.iter().map(|net| u64::from(net.queue_pairs)).sum();
+    OWN_DESCRIPTORS + PAIR_DESCRIPTORS * pairs
+}
+
 fn file_systems(config: &MachineConfig, shares: &Shares) -> Result<Vec<FileSystem>, BuildError> {
     if config.shares.len() != shares.roots.len() {
         return Err(BuildError::Shares {
@@ -320,7 +372,7 @@ fn file_systems(config: &MachineConfig, shares: &Shares) -> Result<Vec<FileSyste
     }
     let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let each = limit
-        .saturating_sub(OWN_DESCRIPTORS)
+        .saturating_sub(own_descriptors(&config.nets))
         .checked_div(shares.roots.len() as u64)
         .unwrap_or(0);
     let make = |(share, path): (&ShareConfig, &PathBuf)| {

@@ -21,6 +21,7 @@ use hull_protocol::agent_ttrpc::AgentClient;
 use hull_protocol::{AGENT_PORT, STREAM_MAGIC, STREAM_PORT};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
+use tokio::sync::{OwnedRwLockWriteGuard, RwLock};
 use ttrpc::Code;
 use ttrpc::r#async::Client;
 use ttrpc::r#async::transport::Socket;
@@ -138,6 +139,14 @@ pub struct Agent {
     machine: Arc<dyn Connect>,
     next_stream: Arc<AtomicU64>,
     limit: Duration,
+    /// Read by each call for as long as it takes; see [`Self::hold`].
+    calls: Arc<RwLock<()>>,
+}
+
+/// Keeps calls back until it is dropped.
+#[derive(Debug)]
+pub struct Hold {
+    _calls: OwnedRwLockWriteGuard<()>,
 }
 
 impl std::fmt::Debug for Agent {
@@ -165,7 +174,16 @@ impl Agent {
             machine,
             next_stream: Arc::new(AtomicU64::new(1)),
             limit,
+            calls: Arc::default(),
         })
+    }
+
+    /// Waits for the end of the calls that are under way, but for [`Self::wait`], and keeps others back: a
+    /// guest that stands still answers none, and isn't to be taken for a broken one.
+    pub async fn hold(&self) -> Hold {
+        Hold {
+            _calls: Arc::clone(&self.calls).write_owned().await,
+        }
     }
 
     /// Sets the guest's clock, and hears what it is.
@@ -255,6 +273,7 @@ impl Agent {
     /// A stream of its own to the agent, in blocking mode, and its number.
     async fn open_stream(&self) -> Result<(u64, OwnedFd), AgentError> {
         let number = self.next_stream.fetch_add(1, Ordering::Relaxed);
+        let _call = self.calls.read().await;
         within("a stream", self.limit, async {
             let mut stream = self
                 .machine
@@ -472,6 +491,7 @@ impl Agent {
         call: &'static str,
         answer: impl Future<Output = ttrpc::Result<T>>,
     ) -> Result<T, AgentError> {
+        let _call = self.calls.read().await;
         within(call, self.limit, async {
             answer.await.map_err(|error| failure(call, error))
         })

@@ -19,7 +19,7 @@ use tokio::time::timeout;
 
 use crate::manifest::PodManifest;
 use crate::state::{Claim, PodDir, PodStatus, StateError, read_record, replace_file};
-use crate::supervisor::api::{Exec, Refusal, Reply, Request, Size, Target};
+use crate::supervisor::api::{Exec, Join, Refusal, Reply, Request, Size, Streams, Target};
 
 /// From the end of a supervisor's connections to its own.
 const LAST_MOMENTS: Duration = Duration::from_secs(30);
@@ -178,12 +178,32 @@ impl Client {
         }
     }
 
+    /// Makes the pod stand still; done again, it does nothing.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when it is not up yet, or ending.
+    pub async fn pause(&self) -> Result<(), ClientError> {
+        self.done(&Request::Pause).await
+    }
+
+    /// Lets the pod go on; done again, it does nothing.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when it is not up yet, or ending.
+    pub async fn resume(&self) -> Result<(), ClientError> {
+        self.done(&Request::Resume).await
+    }
+
     /// Sends a signal.
     ///
     /// # Errors
     /// [`ClientError::Refused`] when there is nobody to take it.
     pub async fn kill(&self, target: Target, signal: u32) -> Result<(), ClientError> {
-        match self.ask(&Request::Kill { target, signal }).await? {
+        self.done(&Request::Kill { target, signal }).await
+    }
+
+    async fn done(&self, request: &Request) -> Result<(), ClientError> {
+        match self.ask(request).await? {
             (Reply::Done, _) => Ok(()),
             _ => Err(ClientError::Unexpected),
         }
@@ -198,11 +218,30 @@ impl Client {
         let Reply::ExecStarted { stdin, stderr } = reply else {
             return Err(ClientError::Unexpected);
         };
+        self.session(Streams { stdin, stderr }, streams)
+    }
+
+    /// Adds a container to the running pod. Returns its name when it has been started, and a session
+    /// if that was asked for ([`Join::attach`]).
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when it can't be.
+    pub async fn join(self, join: Join) -> Result<(String, Option<Session>), ClientError> {
+        match self.ask(&Request::Join(Box::new(join))).await? {
+            (Reply::Joined { name, streams }, descriptors) => {
+                let session = streams.map(|streams| self.session(streams, descriptors));
+                Ok((name, session.transpose()?))
+            }
+            _ => Err(ClientError::Unexpected),
+        }
+    }
+
+    fn session(self, which: Streams, streams: Vec<OwnedFd>) -> Result<Session, ClientError> {
         // The channel has checked that there are as many as the reply says.
         let mut streams = streams.into_iter();
-        let stdin = if stdin { streams.next() } else { None };
+        let stdin = which.stdin.then(|| streams.next()).flatten();
         let stdout = streams.next().ok_or(ClientError::Unexpected)?;
-        let stderr = if stderr { streams.next() } else { None };
+        let stderr = which.stderr.then(|| streams.next()).flatten();
         Ok(Session {
             channel: self.channel,
             stdin,
@@ -244,7 +283,7 @@ fn watch_process(pid: Pid) -> io::Result<Option<AsyncFd<OwnedFd>>> {
     }
 }
 
-/// A process in a container. Dropping it hangs up.
+/// A process in a container, or a container that has joined. Dropping it hangs up.
 #[derive(Debug)]
 pub struct Session {
     channel: AsyncChannel,
@@ -269,7 +308,7 @@ impl Session {
     /// When the pod ends before it.
     pub async fn ended(&self) -> Result<i32, ClientError> {
         match self.channel.receive::<Reply>().await? {
-            Some((Reply::ExecEnded { exit_code }, _)) => Ok(exit_code),
+            Some((Reply::Ended { exit_code }, _)) => Ok(exit_code),
             Some((Reply::Refused { kind, message }, _)) => {
                 Err(ClientError::Refused { kind, message })
             }

@@ -1,5 +1,6 @@
 //! The commands, each in a file of its own.
 
+pub mod attach_container;
 pub mod check;
 pub mod completion;
 pub mod events;
@@ -11,6 +12,7 @@ pub mod kill;
 pub mod load;
 pub mod logs;
 pub mod network;
+pub mod pause;
 pub mod port_forward;
 pub mod ps;
 pub mod rm;

@@ -1,6 +1,6 @@
 //! `hull ps`: the pods of this host.
 
-use hull_pod::state::{Liveness, PodRecord, PodStatus};
+use hull_pod::state::{ContainerStatus, Liveness, PodRecord, PodStatus};
 
 use crate::Host;
 use crate::failure::Failure;
@@ -54,18 +54,19 @@ fn table(pods: &[PodRecord], wide: bool) -> Vec<Vec<String>> {
     let mut rows = vec![header];
     for pod in pods {
         let status = &pod.status;
-        let ready = status.containers.iter().filter(|c| c.is_running()).count();
+        let counted: Vec<&ContainerStatus> = counted(status).collect();
+        let ready = counted.iter().filter(|c| c.is_running()).count();
         let restarts: u32 = status.all_containers().map(|c| c.restart_count).sum();
         let mut cells = vec![
             status.name.clone(),
-            format!("{ready}/{}", status.containers.len()),
+            format!("{ready}/{}", counted.len()),
             status_word(status),
             restarts.to_string(),
             age(status.created_at),
         ];
         if wide {
             let number = |n: Option<u32>| n.map_or_else(|| "-".into(), |n| n.to_string());
-            let images: Vec<&str> = status.containers.iter().map(|c| c.image.as_str()).collect();
+            let images: Vec<&str> = counted.iter().map(|c| c.image.as_str()).collect();
             cells.extend(network_cells(status));
             cells.extend([
                 status.id.to_string(),
@@ -78,6 +79,13 @@ fn table(pods: &[PodRecord], wide: bool) -> Vec<Vec<String>> {
         rows.push(cells);
     }
     rows
+}
+
+/// The containers that are to run: those of the manifest, and of those that have joined the ones
+/// that have not ended for good.
+fn counted(status: &PodStatus) -> impl Iterator<Item = &ContainerStatus> {
+    let joined = status.joined.iter().filter(|c| !c.finished);
+    status.containers.iter().chain(joined)
 }
 
 /// Addresses, networks and published ports.
@@ -107,6 +115,21 @@ mod tests {
     use super::*;
     use hull_pod::state::NetworkStatus;
     use serde_json::json;
+
+    #[test]
+    fn who_has_joined_counts_until_its_end() {
+        let mut status: PodStatus = serde_json::from_value(json!({
+            "id": "0123456789ab", "name": "web", "phase": "Running", "createdAt": "2026-01-01T00:00:00Z",
+            "restartPolicy": "Always", "completed": false,
+            "containerStatuses": [ContainerStatus::new("main", "busybox")],
+            "ephemeralContainerStatuses": [ContainerStatus::new("shell", "busybox")],
+        }))
+        .unwrap();
+        assert_eq!(counted(&status).count(), 2);
+
+        status.joined[0].finished = true;
+        assert_eq!(counted(&status).count(), 1);
+    }
 
     #[test]
     fn networks_are_shown_where_there_are_any() {

@@ -47,8 +47,6 @@ enum VmmError {
     SecondBoot,
     #[error("a connection came without its stream")]
     NoStream,
-    #[error("a network interface came without its tap")]
-    NoTap,
     #[error("the control channel")]
     Channel(#[from] ChannelError),
     #[error(transparent)]
@@ -232,9 +230,16 @@ fn attend(control: &Arc<Channel>, machine: Machine) -> Result<Option<ExitReason>
             None => return Ok(None),
             Some((Request::Boot(_), _)) => return Err(VmmError::SecondBoot),
             Some((Request::Stop, _)) => machine.stop(),
-            Some((Request::PlugNet { id, index }, mut descriptors)) => {
-                let tap = descriptors.pop().ok_or(VmmError::NoTap)?;
-                let result = machine.plug_net(index, tap);
+            Some((Request::Pause { id }, _)) => {
+                machine.pause();
+                control.send(&Event::Paused { id }, &[])?;
+            }
+            Some((Request::Resume { id }, _)) => {
+                machine.resume();
+                control.send(&Event::Resumed { id }, &[])?;
+            }
+            Some((Request::PlugNet { id, index, tap }, descriptors)) => {
+                let result = machine.plug_net(index, &tap, descriptors);
                 control.send(&Event::Plugged { id, result }, &[])?;
             }
             Some((Request::Connect { id, port }, mut descriptors)) => {

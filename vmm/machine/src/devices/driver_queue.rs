@@ -42,6 +42,11 @@ impl Interrupts {
             .recv_timeout(PATIENCE)
             .expect("the device did not interrupt");
     }
+
+    /// Takes one, if it has been raised.
+    pub fn take(&self) -> bool {
+        self.raised.lock().unwrap().try_recv().is_ok()
+    }
 }
 
 impl Interrupt for Interrupts {

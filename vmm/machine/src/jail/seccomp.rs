@@ -110,6 +110,7 @@ const fn kvm_ioctl(direction: u32, number: u32, size: u32) -> u32 {
 const KVM_RUN: u32 = kvm_ioctl(0, 0x80, 0);
 const KVM_GET_REGS: u32 = kvm_ioctl(2, 0x81, 144);
 const KVM_SET_GSI_ROUTING: u32 = kvm_ioctl(1, 0x6A, 8);
+const KVM_KVMCLOCK_CTRL: u32 = kvm_ioctl(0, 0xAD, 0);
 const KVM_IRQFD: u32 = kvm_ioctl(1, 0x76, 32);
 const KVM_IOEVENTFD: u32 = kvm_ioctl(1, 0x79, 64);
 
@@ -123,6 +124,8 @@ const VCPU: &[Call] = &[
             KVM_RUN,
             // where the guest was when KVM could not go on
             KVM_GET_REGS,
+            // after a pause
+            KVM_KVMCLOCK_CTRL,
             KVM_SET_GSI_ROUTING,
             KVM_IRQFD,
             KVM_IOEVENTFD,
@@ -146,9 +149,29 @@ const DESCRIPTOR_FLAGS: &[u32] = &[
 
 const FIONBIO: u32 = 0x5421;
 
-/// `_IOW('T', 208, unsigned int)`, `_IOW('T', 216, int)`: what a tap does for the guest's driver.
+/// What is asked of a tap while it is in use (linux/if_tun.h).
 const TUNSETOFFLOAD: u32 = 0x4004_54D0;
+const TUNSETQUEUE: u32 = 0x4004_54D9;
+/// What is asked of a descriptor that is to become one.
 const TUNSETVNETHDRSZ: u32 = 0x4004_54D8;
+
+/// `_IOC(direction, VHOST_VIRTIO, number, size)` (linux/vhost.h); directions as for KVM.
+const fn vhost_ioctl(direction: u32, number: u32, size: u32) -> u32 {
+    const VHOST_VIRTIO: u32 = 0xAF;
+    direction << 30 | size << 16 | VHOST_VIRTIO << 8 | number
+}
+
+const VHOST_GET_FEATURES: u32 = vhost_ioctl(2, 0x00, 8);
+const VHOST_SET_FEATURES: u32 = vhost_ioctl(1, 0x00, 8);
+const VHOST_SET_OWNER: u32 = vhost_ioctl(0, 0x01, 0);
+const VHOST_SET_MEM_TABLE: u32 = vhost_ioctl(1, 0x03, 8);
+const VHOST_SET_VRING_NUM: u32 = vhost_ioctl(1, 0x10, 8);
+const VHOST_SET_VRING_ADDR: u32 = vhost_ioctl(1, 0x11, 40);
+const VHOST_SET_VRING_BASE: u32 = vhost_ioctl(1, 0x12, 8);
+const VHOST_GET_VRING_BASE: u32 = vhost_ioctl(3, 0x12, 8);
+const VHOST_SET_VRING_KICK: u32 = vhost_ioctl(1, 0x20, 8);
+const VHOST_SET_VRING_CALL: u32 = vhost_ioctl(1, 0x21, 8);
+const VHOST_NET_SET_BACKEND: u32 = vhost_ioctl(1, 0x30, 8);
 
 const EVENTS: &[Call] = &[
     any(libc::SYS_epoll_create1),
@@ -160,8 +183,8 @@ const EVENTS: &[Call] = &[
     any(libc::SYS_eventfd2),
 ];
 
-/// Reads and writes on descriptors that it has, and the sockets of vsock, in pairs only:
-/// it reaches nobody that the supervisor didn't hand it.
+/// Reads and writes on descriptors that it has, the sockets of vsock, in pairs only, and what is asked of
+/// taps and vhost-net: it reaches nobody that the supervisor didn't hand it.
 const DEVICE: &[Call] = &[
     any(libc::SYS_readv),
     any(libc::SYS_writev),
@@ -184,8 +207,26 @@ const DEVICE: &[Call] = &[
     one_of(
         libc::SYS_ioctl,
         1,
-        &[FIONBIO, TUNSETOFFLOAD, TUNSETVNETHDRSZ],
+        &[
+            FIONBIO,
+            TUNSETOFFLOAD,
+            TUNSETQUEUE,
+            VHOST_GET_FEATURES,
+            VHOST_SET_FEATURES,
+            VHOST_SET_OWNER,
+            VHOST_SET_MEM_TABLE,
+            VHOST_SET_VRING_NUM,
+            VHOST_SET_VRING_ADDR,
+            VHOST_SET_VRING_BASE,
+            VHOST_GET_VRING_BASE,
+            VHOST_SET_VRING_KICK,
+            VHOST_SET_VRING_CALL,
+            VHOST_NET_SET_BACKEND,
+        ],
     ),
+    // rate limits
+    any(libc::SYS_timerfd_create),
+    any(libc::SYS_timerfd_settime),
 ];
 
 /// What the file server does to files, with the credentials of those who ask.
@@ -268,7 +309,7 @@ const CONTROL: &[Call] = &[
     // the handler of kicks
     any(libc::SYS_rt_sigaction),
     one_of(libc::SYS_fcntl, 1, DESCRIPTOR_FLAGS),
-    one_of(libc::SYS_ioctl, 1, &[FIONBIO]),
+    one_of(libc::SYS_ioctl, 1, &[FIONBIO, TUNSETVNETHDRSZ]),
 ];
 
 /// Making threads, and what a thread does until its own filter stands.

@@ -186,6 +186,13 @@ impl MsiLine for KvmLine {
         }
     }
 
+    fn event(&self) -> Option<EventFd> {
+        self.event
+            .try_clone()
+            .inspect_err(|error| log::warn!("an interrupt goes a longer way: {error}"))
+            .ok()
+    }
+
     fn is_pending(&self) -> bool {
         // Taken out and put back: a signal in between only adds to the counter.
         self.event.read().is_ok() && self.signal().is_ok()

@@ -2,6 +2,7 @@
 
 pub mod cpuid;
 pub mod ending;
+pub mod gate;
 pub mod interrupts;
 pub mod ports;
 pub mod registers;

@@ -13,6 +13,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::cpuid::{self, Processors};
 use super::ending::Ending;
+use super::gate::{Gate, Pass};
 use super::vm::{KvmError, Vm, call};
 use super::{ports, registers};
 use crate::control::ExitReason;
@@ -88,21 +89,37 @@ impl Vcpu {
             .map_err(call("KVM_SET_REGS"))
     }
 
-    /// Runs it on a thread of its own until the machine ends.
+    /// Runs it on a thread of its own until the machine ends, while the gate is open.
     ///
     /// # Errors
     /// When there is no thread to be had.
-    pub fn start(self, mmio: Arc<dyn Mmio>, ending: Ending) -> std::io::Result<Running> {
+    pub fn start(
+        self,
+        mmio: Arc<dyn Mmio>,
+        ending: Ending,
+        gate: &Gate,
+    ) -> std::io::Result<Running> {
         let name = format!("vcpu{}", self.id);
+        let pass = gate.pass();
         let thread = threads::spawn(ThreadClass::Vcpu, &name, move || {
-            self.run(&*mmio, &ending);
+            self.run(&*mmio, &ending, &pass);
         })?;
         Ok(Running(thread))
     }
 
-    fn run(mut self, mmio: &dyn Mmio, ending: &Ending) {
+    fn run(mut self, mmio: &dyn Mmio, ending: &Ending, pass: &Pass) {
         IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
-        while !ending.is_over() {
+        loop {
+            // Before looking whether there is a reason to stay out: who has one says so before it kicks.
+            self.fd.set_kvm_immediate_exit(0);
+            if pass.check() {
+                // The guest's watchdogs are to know that it was not their fault. A guest without
+                // kvmclock can't be told.
+                let _ = self.fd.kvmclock_ctrl();
+            }
+            if ending.is_over() {
+                break;
+            }
             if let Some(reason) = step(&mut self.fd, mmio) {
                 ending.end(reason);
             }
@@ -116,7 +133,7 @@ impl Vcpu {
 pub struct Running(JoinHandle<()>);
 
 impl Running {
-    /// Makes it leave the guest and see whether the machine has ended.
+    /// Makes it leave the guest and see whether the machine has ended or its gate is closed.
     pub fn kick(&self) {
         // The thread may have ended by itself; it is not gone before it is joined.
         let _ = self.0.kill(kick_signal());

@@ -93,6 +93,10 @@ impl Interrupt for Vector {
     fn signal(&self) -> io::Result<()> {
         self.0.signal()
     }
+
+    fn event(&self) -> Option<EventFd> {
+        self.0.event()
+    }
 }
 
 impl VirtioFunction {

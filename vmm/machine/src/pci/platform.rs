@@ -36,6 +36,11 @@ pub trait MsiLine: Debug + Send + Sync {
     /// When the line is broken.
     fn signal(&self) -> io::Result<()>;
 
+    /// An event of which every signal is one of the line, if there is such a thing.
+    fn event(&self) -> Option<EventFd> {
+        None
+    }
+
     /// Whether a signal is kept. Meaningful only while not connected.
     fn is_pending(&self) -> bool;
 

@@ -18,6 +18,15 @@ pub const RING_FEATURES: u64 = 1 << 28 | 1 << 29;
 pub trait Interrupt: Send + Sync + std::fmt::Debug {
     /// Signals the guest. Never blocks.
     fn signal(&self) -> std::io::Result<()>;
+
+    /// An event whose signal raises the interrupt without anybody here, for a queue that the kernel serves.
+    ///
+    /// It is that of the vector which the driver has given to the interrupt by now: a driver that gives it
+    /// another while the device runs, which Linux never does, gets it on the old one. None where there is
+    /// none yet, or where no event is behind the interrupt.
+    fn event(&self) -> Option<EventFd> {
+        None
+    }
 }
 
 /// A queue that the driver has set up and can no longer change.

@@ -173,6 +173,11 @@ impl Interrupt for Mapped {
             None => Ok(()),
         }
     }
+
+    fn event(&self) -> Option<EventFd> {
+        let vector = self.vector.load(Ordering::Acquire);
+        self.vectors.get(usize::from(vector))?.event()
+    }
 }
 
 impl Transport {

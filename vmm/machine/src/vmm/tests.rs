@@ -5,7 +5,7 @@ use std::fs::File;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::config::{CachePolicy, ConsoleConfig, VsockConfig};
+use crate::config::{CachePolicy, ConsoleConfig, NetLimits, VsockConfig};
 use crate::layout::{HIGH_RAM_START, LOW_RAM_END, PCI_ECAM_START};
 use crate::pci::FunctionInfo;
 use crate::pci::platform::{MsiLine, MsiMessage, Platform};
@@ -80,7 +80,9 @@ fn bus() -> PciRoot {
         nets: vec![NetConfig {
             mac: [2, 0, 0, 0, 0, 1],
             mtu: 1500,
+            queue_pairs: 2,
             tap: None,
+            limits: NetLimits::default(),
         }],
     };
     let shares = Shares {

@@ -100,7 +100,10 @@ pub fn run() -> ExitCode {
                 };
                 thread.send((id, deed)).unwrap();
             }
-            Request::Boot(_) | Request::PlugNet { .. } => panic!("not for an inmate"),
+            Request::Boot(_)
+            | Request::PlugNet { .. }
+            | Request::Pause { .. }
+            | Request::Resume { .. } => panic!("not for an inmate"),
         }
     }
     ExitCode::SUCCESS

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::net::SendFlags;
 
 use super::{INSTANCES_KEPT, LINE_MAX, instance, instances};
 use crate::state::{StateError, private_dir};
@@ -41,6 +42,8 @@ pub struct LogWriter {
     /// The incomplete last line of each stream.
     pending: [Vec<u8>; 2],
     out: Vec<u8>,
+    /// Get what is written as it comes.
+    copies: Vec<(StreamName, OwnedFd)>,
 }
 
 impl LogWriter {
@@ -69,7 +72,16 @@ impl LogWriter {
             file,
             pending: [Vec::new(), Vec::new()],
             out: Vec::new(),
+            copies: Vec::new(),
         })
+    }
+
+    /// Writes each stream to these as well, for as long as they take it. One that is slow stops the
+    /// reading, as a slow disk does.
+    #[must_use]
+    pub fn with_copies(mut self, copies: Vec<(StreamName, OwnedFd)>) -> Self {
+        self.copies = copies;
+        self
     }
 
     /// Copies until every stream has ended. Blocks; meant for a thread of its own. A disk that
@@ -105,6 +117,7 @@ impl LogWriter {
                     Ok(length) => {
                         progress.fetch_add(length as u64, Ordering::Relaxed);
                         self.write(*name, &chunk[..length])?;
+                        self.copy_on(*name, &chunk[..length]);
                     }
                     Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
                     // The machine is gone: what was read so far is all that there is.
@@ -159,6 +172,21 @@ impl LogWriter {
             }
         }
         self.flush()
+    }
+
+    /// Passes output on. Who doesn't take it any more gets nothing from then on.
+    fn copy_on(&mut self, stream: StreamName, data: &[u8]) {
+        self.copies.retain(|(name, copy)| {
+            let mut left = if *name == stream { data } else { &[] };
+            while !left.is_empty() {
+                match rustix::net::send(copy, left, SendFlags::NOSIGNAL) {
+                    Ok(length) => left = &left[length..],
+                    Err(rustix::io::Errno::INTR) => {}
+                    Err(_) => return false,
+                }
+            }
+            true
+        });
     }
 
     /// Writes what had no line end.

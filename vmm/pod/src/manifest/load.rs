@@ -451,7 +451,15 @@ mod tests {
             ),
             (
                 "securityContext: {sysctls: [{name: kernel.panic, value: '1'}]}",
+                "sysctls[0].name: \"kernel.panic\": belongs to no namespace",
+            ),
+            (
+                "securityContext: {sysctls: [{name: kernel.sem_next_id, value: '1'}]}",
                 "belongs to no namespace",
+            ),
+            (
+                "securityContext: {sysctls: [{name: net/core/somaxconn, value: '1'}, {name: net.core.somaxconn, value: '2'}]}",
+                "sysctls[1].name: \"net.core.somaxconn\": is set twice",
             ),
             (
                 "securityContext: {sysctls: [{name: net.x/../y, value: '1'}]}",

@@ -1,6 +1,7 @@
 //! Pod manifests: read, checked, and every fault named by file, field and value.
 
 mod fields;
+mod joining;
 mod load;
 mod names;
 mod problem;
@@ -16,6 +17,7 @@ use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use serde::{Deserialize, Serialize};
 
 pub use fields::value as field_value;
+pub use joining::check_joining;
 pub use load::{load, parse};
 pub use problem::ManifestError;
 pub use quantity::Quantity;

@@ -194,6 +194,11 @@ pub fn check(pod: &Node, path: &FieldPath, problems: &mut Problems) {
     walk(pod, "", path, &POD_TABLES, problems);
 }
 
+/// The same for a container by itself.
+pub fn check_container(container: &Node, path: &FieldPath, problems: &mut Problems) {
+    walk(container, "", path, &CONTAINER_TABLES, problems);
+}
+
 fn walk(node: &Node, name: &str, path: &FieldPath, tables: &Tables, problems: &mut Problems) {
     match &node.value {
         Value::Mapping(entries) => {

@@ -103,6 +103,36 @@ impl Node {
     }
 }
 
+/// Of what has no text, and so no lines.
+impl From<serde_json::Value> for Node {
+    fn from(value: serde_json::Value) -> Self {
+        let value = match value {
+            serde_json::Value::Null => Value::Null,
+            serde_json::Value::Bool(value) => Value::Bool(value),
+            serde_json::Value::Number(number) => match (number.as_i64(), number.as_u64()) {
+                (Some(value), _) => Value::Int(value),
+                (None, Some(value)) => Value::Uint(value),
+                (None, None) => Value::Float(number.as_f64().unwrap_or(f64::NAN)),
+            },
+            serde_json::Value::String(text) => Value::String(text),
+            serde_json::Value::Array(items) => {
+                Value::Sequence(items.into_iter().map(Self::from).collect())
+            }
+            serde_json::Value::Object(fields) => Value::Mapping(
+                fields
+                    .into_iter()
+                    .map(|(key, value)| Entry {
+                        line: 0,
+                        key,
+                        value: value.into(),
+                    })
+                    .collect(),
+            ),
+        };
+        Self { line: 0, value }
+    }
+}
+
 /// Reads all documents of a YAML (or JSON) text. Empty documents are left out.
 ///
 /// # Errors

@@ -27,12 +27,14 @@ mod plug;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod vhost;
 
 use std::io;
 
 pub use namespace::Namespace;
 pub use observe::{Observed, ObservedInterface, observe, plan};
 pub use plug::{Plug, plug};
+pub use vhost::VhostNet;
 
 /// What can go wrong between a pod's network namespace and its machine.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +53,12 @@ pub enum WiringError {
     TooMany { what: &'static str, limit: usize },
     #[error("there is no /dev/net/tun; load the kernel module tun: modprobe tun")]
     NoTun,
+    #[error(
+        "opening /dev/vhost-net, which HULL_VHOST_NET=on asks for (the kernel module is vhost_net): {0}"
+    )]
+    NoVhost(io::Error),
+    #[error("HULL_VHOST_NET is auto, on or off, not {0:?}")]
+    BadVhost(String),
     #[error(
         "interface {interface}: {step}: the kernel lacks traffic control; load the kernel modules sch_ingress, \
          cls_u32, act_mirred and act_gact"

@@ -1,33 +1,48 @@
 //! Taps beside the interfaces of a namespace, and the redirection between them.
 
 use std::io;
-use std::os::fd::OwnedFd;
 
+use hull_machine::config::{MAX_QUEUE_PAIRS, TapDescriptors};
 use rtnetlink::packet_route::link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute};
 
 use super::netlink::Netlink;
 use super::observe::name_of;
-use super::{Doing, Namespace, Observed, ObservedInterface, Result, WiringError, filters, tap};
+use super::{
+    Doing, Namespace, Observed, ObservedInterface, Result, VhostNet, WiringError, filters, tap,
+};
+
+/// Descriptors of taps and vhost-net that a machine is started with at most: they go in one message, with others.
+const MOST_DESCRIPTORS: usize = 96;
 
 /// What [`plug`] made.
 #[derive(Debug)]
 pub struct Plug {
+    queue_pairs: u8,
+    vhost: VhostNet,
     /// In the order of the interfaces. Empty once they are taken.
-    taps: Vec<OwnedFd>,
+    taps: Vec<TapDescriptors>,
     /// Names and indexes of the interfaces that traffic control was set up on.
     interfaces: Vec<(String, u32)>,
 }
 
-/// Makes a tap for each interface and has the kernel pass frames between the two.
+/// Makes a tap for each interface and has the kernel pass frames between the two. A tap has a queue for each of the
+/// machine's processors, up to what an interface of a machine can have.
 ///
 /// What is left of a pod whose supervisor died is replaced. After an error nothing is left.
 ///
 /// # Errors
 /// [`WiringError`], with the interface and what was being done.
-pub fn plug(namespace: &Namespace, observed: &Observed) -> Result<Plug> {
+pub fn plug(
+    namespace: &Namespace,
+    observed: &Observed,
+    vcpus: u8,
+    vhost: VhostNet,
+) -> Result<Plug> {
     namespace.run(|| {
         let mut netlink = Netlink::open().doing("opening netlink")?;
         let mut plug = Plug {
+            queue_pairs: queue_pairs(vcpus, observed.interfaces.len()),
+            vhost,
             taps: Vec::new(),
             interfaces: Vec::new(),
         };
@@ -43,9 +58,15 @@ pub fn plug(namespace: &Namespace, observed: &Observed) -> Result<Plug> {
 }
 
 impl Plug {
-    /// The taps' descriptors, one for each interface, in order, to be handed to the machine. A tap
-    /// is there until its descriptors are closed.
-    pub fn take_taps(&mut self) -> Vec<OwnedFd> {
+    /// Pairs of queues that each interface has.
+    #[must_use]
+    pub fn queue_pairs(&self) -> u8 {
+        self.queue_pairs
+    }
+
+    /// The taps, one for each interface, in order, to be handed to the machine. A tap is there until its descriptors
+    /// are closed.
+    pub fn take_taps(&mut self) -> Vec<TapDescriptors> {
         std::mem::take(&mut self.taps)
     }
 
@@ -62,8 +83,9 @@ impl Plug {
 
     fn add(&mut self, netlink: &mut Netlink, interface: &ObservedInterface) -> Result<()> {
         let name = &interface.name;
-        let (tap_name, fd) = tap::open(name)?;
-        self.taps.push(fd);
+        let (tap_name, queues) = tap::open(name, self.queue_pairs)?;
+        let vhost = self.vhost.open(self.queue_pairs)?;
+        self.taps.push(TapDescriptors { queues, vhost });
         let tap = shape_tap(netlink, &tap_name, interface)?;
 
         // The tap's side first: nothing of the guest's gets anywhere before it is checked.
@@ -92,6 +114,14 @@ impl Plug {
         }
         outcome
     }
+}
+
+/// Pairs of queues for each of so many interfaces, 1 or more.
+fn queue_pairs(vcpus: u8, interfaces: usize) -> u8 {
+    // Each pair has a descriptor of the tap, and one of vhost-net.
+    let fit = MOST_DESCRIPTORS / (2 * interfaces.max(1));
+    let fit = u8::try_from(fit).unwrap_or(MAX_QUEUE_PAIRS);
+    vcpus.min(MAX_QUEUE_PAIRS).min(fit).max(1)
 }
 
 /// Makes a new tap like its interface and brings it up. Returns its index.
@@ -135,5 +165,22 @@ fn traffic_control(outcome: io::Result<()>, interface: &str, step: &'static str)
             Err(WiringError::Taken(interface.into()))
         }
         outcome => outcome.doing_to(interface, step),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_processor_has_a_queue_pair_as_long_as_descriptors_suffice() {
+        assert_eq!(
+            [0, 1, 4, 64].map(|vcpus| queue_pairs(vcpus, 1)),
+            [1, 1, 4, 8]
+        );
+        assert_eq!(
+            [6, 7, 32, 1000].map(|count| queue_pairs(64, count)),
+            [8, 6, 1, 1]
+        );
     }
 }

@@ -14,9 +14,38 @@ const PREFIX: &str = "hull";
 /// Whole frames, each behind a virtio-net header, and no other header.
 const FLAGS: libc::c_int = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
-/// Makes a tap of one queue for an interface. It is gone with its last descriptor. Returns its name,
-/// and the descriptor in non-blocking mode.
-pub fn open(interface: &str) -> Result<(String, OwnedFd)> {
+/// Makes a tap of so many queues, 1 or more, for an interface. It is gone with its last descriptor. Returns its name,
+/// and a descriptor for each queue in non-blocking mode.
+pub fn open(interface: &str, queues: u8) -> Result<(String, Vec<OwnedFd>)> {
+    let flags = if queues > 1 {
+        FLAGS | libc::IFF_MULTI_QUEUE
+    } else {
+        FLAGS
+    };
+    let mut name = [0; libc::IFNAMSIZ];
+    for (to, from) in name.iter_mut().zip(TEMPLATE) {
+        *to = from.cast_signed();
+    }
+    let mut descriptors = Vec::new();
+    for _ in 0..queues {
+        // The first makes the tap and has its name, the others join it.
+        let (queue, given) = open_queue(interface, name, flags)?;
+        name = given;
+        descriptors.push(queue);
+    }
+    let name = name
+        .iter()
+        .map(|byte| byte.cast_unsigned())
+        .take_while(|byte| *byte != 0)
+        .map(char::from)
+        .collect();
+    Ok((name, descriptors))
+}
+
+/// As the kernel has it, padded with zeroes.
+type Name = [libc::c_char; libc::IFNAMSIZ];
+
+fn open_queue(interface: &str, name: Name, flags: libc::c_int) -> Result<(OwnedFd, Name)> {
     let step = "making its tap";
     let opened = OpenOptions::new()
         .read(true)
@@ -30,14 +59,10 @@ pub fn open(interface: &str) -> Result<(String, OwnedFd)> {
         }
         opened => opened.doing_to(interface, "opening /dev/net/tun for its tap")?,
     };
-    let mut name = [0; libc::IFNAMSIZ];
-    for (to, from) in name.iter_mut().zip(TEMPLATE) {
-        *to = from.cast_signed();
-    }
     let mut request = libc::ifreq {
         ifr_name: name,
         ifr_ifru: libc::__c_anonymous_ifr_ifru {
-            ifru_flags: libc::c_short::try_from(FLAGS)
+            ifru_flags: libc::c_short::try_from(flags)
                 .map_err(io::Error::other)
                 .doing_to(interface, step)?,
         },
@@ -47,14 +72,7 @@ pub fn open(interface: &str) -> Result<(String, OwnedFd)> {
     if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } < 0 {
         return Err(io::Error::last_os_error()).doing_to(interface, step);
     }
-    let name = request
-        .ifr_name
-        .iter()
-        .map(|byte| byte.cast_unsigned())
-        .take_while(|byte| *byte != 0)
-        .map(char::from)
-        .collect();
-    Ok((name, file.into()))
+    Ok((file.into(), request.ifr_name))
 }
 
 /// Whether a tap's name is one that [`open`] gives.

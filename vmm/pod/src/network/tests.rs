@@ -55,7 +55,11 @@ impl World {
     }
 
     fn plug(&self) -> Result<Plug> {
-        plug(&self.pod, &observe(&self.pod)?)
+        self.plug_queues(1)
+    }
+
+    fn plug_queues(&self, count: u8) -> Result<Plug> {
+        plug(&self.pod, &observe(&self.pod)?, count, VhostNet::Off)
     }
 
     /// What is sent and received at the node's end.
@@ -115,9 +119,14 @@ struct Port {
 
 impl Port {
     fn tap(plug: &mut Plug) -> Self {
-        let [tap] = <[OwnedFd; 1]>::try_from(plug.take_taps()).unwrap();
+        let tap = plug.take_taps().pop().unwrap();
+        let [queue] = <[OwnedFd; 1]>::try_from(tap.queues).unwrap();
+        Self::queue(queue)
+    }
+
+    fn queue(queue: OwnedFd) -> Self {
         Self {
-            file: tap.into(),
+            file: queue.into(),
             header: 10,
         }
     }
@@ -380,6 +389,51 @@ fn frames_pass_both_ways() {
         tap.send(&back);
         assert_eq!(wire.next(), back);
     }
+}
+
+#[test]
+#[ignore = "needs tun and tc"]
+fn every_queue_of_a_tap_sends_and_one_of_them_receives() {
+    let world = World::new();
+    let mut wire = world.wire();
+    let tap = world.plug_queues(3).unwrap().take_taps().pop().unwrap();
+    let mut queues: Vec<_> = tap.queues.into_iter().map(Port::queue).collect();
+
+    assert_eq!(queues.len(), 3);
+    for queue in &mut queues {
+        queue.send(&ipv4(MAC, IP));
+        assert_eq!(wire.next(), ipv4(MAC, IP));
+        queue.send(&ipv4(MAC, NODE_IP));
+    }
+    let there = ipv4(OTHER_MAC, [8, 8, 8, 8]);
+    wire.send(&there);
+
+    let wait = Duration::from_secs(2);
+    let received = queues
+        .iter_mut()
+        .filter_map(|queue| queue.receive(wait, |frame| frame == there))
+        .count();
+    assert_eq!(received, 1);
+    assert_eq!(
+        wire.receive(wait, |frame| frame.ends_with(MARK) && frame != there),
+        None
+    );
+}
+
+#[test]
+#[ignore = "needs vhost-net"]
+fn the_kernel_serves_each_queue_where_it_is_asked_to() {
+    let world = World::new();
+    let observed = observe(&world.pod).unwrap();
+
+    let opened = [VhostNet::Auto, VhostNet::On, VhostNet::Off].map(|vhost| {
+        let mut plug = plug(&world.pod, &observed, 2, vhost).unwrap();
+        let tap = plug.take_taps().pop().unwrap();
+        plug.teardown(&world.pod).unwrap();
+        tap.vhost.len()
+    });
+
+    assert_eq!(opened, [2, 2, 0]);
 }
 
 #[test]

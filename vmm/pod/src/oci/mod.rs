@@ -208,8 +208,9 @@ fn field_of(manifest: &PodManifest, container: &Container) -> String {
     if let Some(index) = position(manifest.init_containers()) {
         return format!("spec.initContainers[{index}]");
     }
-    format!(
-        "spec.containers[{}]",
-        position(manifest.containers()).unwrap_or_default()
-    )
+    match position(manifest.containers()) {
+        Some(index) => format!("spec.containers[{index}]"),
+        // One that joins the pod.
+        None => format!("container {}", container.name),
+    }
 }

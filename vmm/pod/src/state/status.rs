@@ -70,6 +70,9 @@ pub struct PodStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkStatus>,
     pub restart_policy: String,
+    /// Its machine stands still.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
     /// Every container has ended and none will be started again.
     pub completed: bool,
     /// Of the container that failed first, once one has.
@@ -87,6 +90,14 @@ pub struct PodStatus {
     pub init_containers: Vec<ContainerStatus>,
     #[serde(rename = "containerStatuses")]
     pub containers: Vec<ContainerStatus>,
+    /// Those that have joined the pod while it ran. They count neither for [`Self::completed`] nor
+    /// for the pod's result, as Kubernetes has it for ephemeral containers.
+    #[serde(
+        default,
+        rename = "ephemeralContainerStatuses",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub joined: Vec<ContainerStatus>,
     /// The manifest's file, for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub manifest: Option<String>,
@@ -96,16 +107,25 @@ pub struct PodStatus {
 }
 
 impl PodStatus {
-    /// Init containers, then the others.
+    /// Init containers, then the others of the manifest, then those that have joined.
     pub fn all_containers(&self) -> impl Iterator<Item = &ContainerStatus> {
+        self.manifests_containers().chain(&self.joined)
+    }
+
+    /// Without those that have joined.
+    pub fn manifests_containers(&self) -> impl Iterator<Item = &ContainerStatus> {
         self.init_containers.iter().chain(&self.containers)
     }
 
-    pub fn container_mut(&mut self, name: &str) -> Option<&mut ContainerStatus> {
+    pub fn all_containers_mut(&mut self) -> impl Iterator<Item = &mut ContainerStatus> {
         self.init_containers
             .iter_mut()
             .chain(&mut self.containers)
-            .find(|c| c.name == name)
+            .chain(&mut self.joined)
+    }
+
+    pub fn container_mut(&mut self, name: &str) -> Option<&mut ContainerStatus> {
+        self.all_containers_mut().find(|c| c.name == name)
     }
 
     /// Sets the pod's addresses, the first one first.
@@ -193,10 +213,7 @@ impl ContainerStatus {
 
     #[must_use]
     pub fn terminated(&self) -> Option<&Terminated> {
-        match &self.state {
-            ContainerState::Terminated(end) => Some(end),
-            _ => None,
-        }
+        self.state.terminated()
     }
 }
 
@@ -206,6 +223,16 @@ pub enum ContainerState {
     Waiting(Waiting),
     Running(Running),
     Terminated(Terminated),
+}
+
+impl ContainerState {
+    #[must_use]
+    pub fn terminated(&self) -> Option<&Terminated> {
+        match self {
+            Self::Terminated(end) => Some(end),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -258,12 +285,14 @@ mod tests {
             pod_ips: vec![],
             network: None,
             restart_policy: "Always".into(),
+            paused: false,
             completed: false,
             first_failure: None,
             guest_kernel: None,
             agent_version: None,
             init_containers: vec![],
             containers: vec![ContainerStatus::new("a", "busybox")],
+            joined: vec![],
             manifest: None,
             console_tail: vec![],
         }
@@ -294,6 +323,18 @@ mod tests {
             json["containerStatuses"][0]["state"]["waiting"]["reason"],
             "ContainerCreating"
         );
+    }
+
+    #[test]
+    fn who_has_joined_is_found_by_name() {
+        let mut pod = pod();
+        pod.joined.push(ContainerStatus::new("b", "busybox"));
+
+        let json = serde_json::to_value(&pod).unwrap();
+
+        assert_eq!(json["ephemeralContainerStatuses"][0]["name"], "b");
+        assert!(pod.container("b").is_some() && pod.container_mut("b").is_some());
+        assert_eq!(pod.manifests_containers().count(), 1);
     }
 
     #[test]

@@ -1,14 +1,18 @@
 //! What a client may ask of a supervisor, and what it answers.
 //!
 //! A connection is a [`hull_machine::channel::Channel`] on the pod's `supervisor.sock`. A client
-//! asks one thing after another on it. Two requests change what comes after: [`Request::Follow`]
-//! (then [`Reply::Changed`] comes by itself) and [`Request::Exec`] (the connection then belongs to
-//! that process, and closing it hangs up). The connection ends with the supervisor.
+//! asks one thing after another on it. Some requests change what comes after: [`Request::Follow`]
+//! (then [`Reply::Changed`] comes by itself), [`Request::Exec`] and a [`Request::Join`] that attaches
+//! (the connection then belongs to that process, and closing it hangs up). The connection ends with
+//! the supervisor.
 
 use hull_machine::channel::Message;
+use k8s_openapi::api::core::v1::Container;
 use serde::{Deserialize, Serialize};
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+use crate::manifest::RestartPolicy;
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Request {
     /// The starter's first message, on the supervisor's standard input. Attached: the pod's open
     /// lock file.
@@ -21,10 +25,17 @@ pub enum Request {
         /// Between SIGTERM and SIGKILL; none: as the manifest has it.
         grace_seconds: Option<u64>,
     },
+    /// Stops the guest's processors. Answered by [`Reply::Done`] when they stand.
+    Pause,
+    /// Lets them go on. Answered by [`Reply::Done`].
+    Resume,
     /// Sends a signal. Answered by [`Reply::Done`].
     Kill { target: Target, signal: u32 },
-    /// Runs a process. Answered by [`Reply::ExecStarted`], and at its end [`Reply::ExecEnded`].
+    /// Runs a process. Answered by [`Reply::ExecStarted`], and at its end [`Reply::Ended`].
     Exec(Exec),
+    /// Adds a container to the running pod. Answered by [`Reply::Joined`] when it has been started,
+    /// and if it is attached by [`Reply::Ended`] at its end; that of the connection is then its own.
+    Join(Box<Join>),
     /// Connects to a TCP port of the pod. Answered by [`Reply::Forwarded`].
     Forward { port: u16 },
     /// The size of the terminal of this connection's process. Answered by nothing.
@@ -54,6 +65,36 @@ pub struct Exec {
     pub tty: Option<Size>,
 }
 
+/// A container that is to join the pod.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Join {
+    /// As a manifest has it. Without a name it gets one.
+    pub container: Container,
+    /// In place of runAsUser and runAsGroup: `name`, `name:group`.
+    pub user: Option<String>,
+    /// Its own, whatever the pod's.
+    pub restart: RestartPolicy,
+    /// Forget it at its end, with its log. Else that comes with the pod's.
+    pub remove: bool,
+    /// Give its streams to the client, until the first time that it ends.
+    pub attach: bool,
+    /// Of the client's terminal.
+    pub size: Option<Size>,
+}
+
+impl Default for Join {
+    fn default() -> Self {
+        Self {
+            container: Container::default(),
+            user: None,
+            restart: RestartPolicy::Never,
+            remove: false,
+            attach: false,
+            size: None,
+        }
+    }
+}
+
 /// Of a terminal, in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Size {
@@ -71,15 +112,27 @@ pub enum Reply {
         stdin: bool,
         stderr: bool,
     },
+    /// Attached: as of [`Self::ExecStarted`], if there are streams.
+    Joined {
+        name: String,
+        streams: Option<Streams>,
+    },
     /// Attached: the connection, as a stream in both directions with an end of its own in each.
     Forwarded,
-    ExecEnded {
+    Ended {
         exit_code: i32,
     },
     Refused {
         kind: Refusal,
         message: String,
     },
+}
+
+/// Which streams come beside standard output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Streams {
+    pub stdin: bool,
+    pub stderr: bool,
 }
 
 /// Why a request was not carried out, as far as a program wants to know.
@@ -97,7 +150,7 @@ pub enum Refusal {
 
 impl Message for Request {
     fn descriptors(&self) -> usize {
-        usize::from(*self == Self::Start)
+        usize::from(matches!(self, Self::Start))
     }
 }
 
@@ -105,7 +158,11 @@ impl Message for Reply {
     fn descriptors(&self) -> usize {
         match self {
             Self::Forwarded => 1,
-            Self::ExecStarted { stdin, stderr } => 1 + usize::from(*stdin) + usize::from(*stderr),
+            Self::ExecStarted { stdin, stderr }
+            | Self::Joined {
+                streams: Some(Streams { stdin, stderr }),
+                ..
+            } => 1 + usize::from(*stdin) + usize::from(*stderr),
             _ => 0,
         }
     }

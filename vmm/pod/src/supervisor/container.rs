@@ -1,26 +1,29 @@
 //! One container, from its first start to its last end.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Container as Manifest;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use super::PodContext;
 use super::backoff::Backoff;
 use super::failure::PodFailure;
-use crate::agent::{AgentError, ExitStatus, Process, Stdio};
+use super::output::{Attachment, Output};
+use super::record::Record;
+use super::stop::Stop;
+use crate::agent::{AgentError, ExitStatus, Process};
 use crate::events::EventType;
 use crate::images::Image;
-use crate::logs::{LogWriter, StreamName};
-use crate::manifest::RestartPolicy;
-use crate::oci::ContainerSpec;
+use crate::logs::LogWriter;
+use crate::manifest::{PodManifest, RestartPolicy};
+use crate::oci::{self, ContainerSpec};
 use crate::state::{ContainerState, Running, Terminated, Waiting};
 use crate::supervisor::api::Size;
 use crate::text::chain;
+use crate::volumes::Share;
 
 const SIGKILL: u32 = 9;
 /// Until somebody attaches and says how large theirs is.
@@ -35,7 +38,52 @@ pub struct Prepared {
     pub name: String,
     pub image: Image,
     pub spec: ContainerSpec,
-    pub init: bool,
+    pub role: Role,
+}
+
+/// What a container is in its pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Runs to its end before the others start.
+    Init,
+    /// Of the manifest: its end counts.
+    Main,
+    /// Has joined the running pod: restarts by a policy of its own, and its end is nobody else's.
+    Joined(RestartPolicy),
+}
+
+impl Prepared {
+    /// Makes ready all that a container needs but its machine: its specification, and its root file
+    /// system in the share. Blocks.
+    ///
+    /// # Errors
+    /// When manifest and image don't fit together, or the root can't be mounted.
+    pub fn new(
+        manifest: &PodManifest,
+        container: &Manifest,
+        image: Image,
+        role: Role,
+        share: &Share,
+        record: &Record,
+    ) -> Result<Self, PodFailure> {
+        let name = container.name.clone();
+        let spec = oci::container(manifest, container, &image, record.dir().id().as_str())
+            .map_err(|source| PodFailure::Spec {
+                container: name.clone(),
+                source,
+            })?;
+        share.mount_root(&rootfs(&name, 0), &image)?;
+        record.update_container(&name, |status| {
+            status.image.clone_from(&image.reference);
+            status.image_id = Some(image.id.clone());
+        });
+        Ok(Self {
+            name,
+            image,
+            spec,
+            role,
+        })
+    }
 }
 
 /// A container's life.
@@ -43,15 +91,30 @@ pub struct Prepared {
 pub struct Container {
     pub pod: Arc<PodContext>,
     pub prepared: Prepared,
+    /// When it is to end: with the pod, or before.
+    pub stop: Stop,
+    pub attachment: Option<Attachment>,
 }
 
 impl Container {
+    /// One of the manifest.
+    pub fn new(pod: &Arc<PodContext>, prepared: Prepared) -> Self {
+        Self {
+            pod: Arc::clone(pod),
+            prepared,
+            stop: pod.stop.clone(),
+            attachment: None,
+        }
+    }
+
     /// Runs the container until it has ended for good, and returns its last exit code. `started`
     /// is told when the first start has been tried.
     ///
     /// # Errors
     /// When the agent is lost, and so the pod.
-    pub async fn run(self, started: oneshot::Sender<()>) -> Result<i32, PodFailure> {
+    pub async fn run(mut self, started: oneshot::Sender<()>) -> Result<i32, PodFailure> {
+        let mut attachment = self.attachment.take();
+        let role = self.prepared.role;
         let name = self.prepared.name.as_str();
         let record = &self.pod.record;
         let mut started = Some(started);
@@ -59,12 +122,12 @@ impl Container {
         let mut restart = 0;
         loop {
             let begun = Instant::now();
-            let end = self.once(restart, &mut started).await?;
+            let end = self.once(restart, &mut started, attachment.take()).await?;
             let code = end.exit_code;
-            let again = !self.pod.stop.is_requested()
-                && restarts(self.pod.manifest.restart_policy(), self.prepared.init, code);
+            let again = !self.stop.is_requested()
+                && restarts(self.pod.manifest.restart_policy(), role, code);
             record.update(|status| {
-                if !again && code != 0 && status.first_failure.is_none() {
+                if !again && role.fails_its_pod(code) && status.first_failure.is_none() {
                     status.first_failure = Some(code);
                 }
                 if let Some(container) = status.container_mut(name) {
@@ -78,7 +141,7 @@ impl Container {
             let wait = backoff.next(begun.elapsed());
             if !wait.is_zero() && !self.back_off(wait, &end).await {
                 record.update(|status| {
-                    if code != 0 && status.first_failure.is_none() {
+                    if role.fails_its_pod(code) && status.first_failure.is_none() {
                         status.first_failure = Some(code);
                     }
                     if let Some(container) = status.container_mut(name) {
@@ -112,7 +175,7 @@ impl Container {
         });
         tokio::select! {
             () = tokio::time::sleep(wait) => true,
-            () = self.pod.stop.requested() => false,
+            () = self.stop.requested() => false,
         }
     }
 
@@ -121,10 +184,11 @@ impl Container {
         &self,
         restart: u32,
         started: &mut Option<oneshot::Sender<()>>,
+        attachment: Option<Attachment>,
     ) -> Result<Terminated, PodFailure> {
         let name = self.prepared.name.as_str();
         let record = &self.pod.record;
-        let output = match self.start(restart).await {
+        let output = match self.start(restart, attachment).await {
             Ok(output) => output,
             Err(StartError::Agent(AgentError::Lost)) => return Err(PodFailure::AgentLost),
             Err(error) => {
@@ -163,8 +227,12 @@ impl Container {
         Ok(end)
     }
 
-    async fn start(&self, restart: u32) -> Result<Output, StartError> {
-        let Self { pod, prepared } = self;
+    async fn start(
+        &self,
+        restart: u32,
+        attachment: Option<Attachment>,
+    ) -> Result<Output, StartError> {
+        let Self { pod, prepared, .. } = self;
         let name = prepared.name.as_str();
         let rootfs = rootfs(name, restart);
         // The first ones are mounted before the machine starts.
@@ -179,7 +247,8 @@ impl Container {
                 .map_err(std::io::Error::from)
                 .map_err(StartError::Log)??;
         }
-        let tty = prepared.spec.tty.then_some(TERMINAL);
+        let size = attachment.as_ref().and_then(|attachment| attachment.size);
+        let tty = prepared.spec.tty.then(|| size.unwrap_or(TERMINAL));
         let stdio = pod.agent.open_stdio(prepared.spec.stdin, tty).await?;
         pod.agent
             .create_container(name, &prepared.spec, &format!("rootfs/{rootfs}"), &stdio)
@@ -189,20 +258,25 @@ impl Container {
             .event(EventType::Normal, "Created", Some(name), &message);
         // The log reads before the process runs, so that it never waits for us.
         let log = LogWriter::create(&pod.record.dir().container_logs(name), restart)?;
-        let output = Output::copy(stdio, log, name).map_err(StartError::Log)?;
+        let output = Output::copy(stdio, log, name, attachment).map_err(StartError::Log)?;
         pod.agent.start_container(name).await?;
         Ok(output)
     }
 
     /// Waits for the process's end, and brings it about when the pod is to end.
     async fn wait(&self) -> Result<ExitStatus, PodFailure> {
-        let Self { pod, prepared } = self;
+        let Self {
+            pod,
+            prepared,
+            stop,
+            ..
+        } = self;
         let process = Process::Container(&prepared.name);
         let wait = pod.agent.wait(process);
         tokio::pin!(wait);
         tokio::select! {
             exit = &mut wait => return exit.map_err(PodFailure::from),
-            () = pod.stop.requested() => {}
+            () = stop.requested() => {}
         }
 
         let message = format!("stopping container {}", prepared.name);
@@ -213,7 +287,7 @@ impl Container {
         let _ = pod.agent.signal(process, stop_signal, false).await;
         tokio::select! {
             exit = &mut wait => return exit.map_err(PodFailure::from),
-            () = pod.stop.deadline() => {}
+            () = stop.deadline() => {}
         }
         let _ = pod.agent.signal(process, SIGKILL, true).await;
         match timeout(pod.limits.end, wait).await {
@@ -229,7 +303,7 @@ impl Container {
 
     /// Removes what is left of one start. When the pod ends, that goes with the machine.
     async fn take_away(&self, restart: u32) {
-        let Self { pod, prepared } = self;
+        let Self { pod, prepared, .. } = self;
         if pod.stop.is_requested() {
             return;
         }
@@ -308,74 +382,22 @@ fn terminated(exit: ExitStatus, started_at: Timestamp) -> Terminated {
     }
 }
 
+impl Role {
+    fn fails_its_pod(self, code: i32) -> bool {
+        code != 0 && !matches!(self, Self::Joined(_))
+    }
+}
+
 /// An init container of an Always pod is done when it has succeeded.
-fn restarts(policy: RestartPolicy, init: bool, code: i32) -> bool {
+fn restarts(pods: RestartPolicy, role: Role, code: i32) -> bool {
+    let policy = match role {
+        Role::Init | Role::Main => pods,
+        Role::Joined(own) => own,
+    };
     match policy {
-        RestartPolicy::Always => !init || code != 0,
+        RestartPolicy::Always => role != Role::Init || code != 0,
         RestartPolicy::OnFailure => code != 0,
         RestartPolicy::Never => false,
-    }
-}
-
-/// A container's output on its way to the log.
-struct Output {
-    done: oneshot::Receiver<()>,
-    progress: Arc<AtomicU64>,
-    /// The same streams as the thread's, to end it.
-    streams: Vec<OwnedFd>,
-    /// Held open as long as the container runs, so that it never reads the end of file.
-    _stdin: Option<OwnedFd>,
-}
-
-impl Output {
-    fn copy(stdio: Stdio, log: LogWriter, container: &str) -> std::io::Result<Self> {
-        let named: Vec<(StreamName, OwnedFd)> = [
-            (StreamName::Stdout, stdio.stdout),
-            (StreamName::Stderr, stdio.stderr),
-        ]
-        .into_iter()
-        .filter_map(|(name, fd)| Some((name, fd?)))
-        .collect();
-        let streams = named
-            .iter()
-            .map(|(_, fd)| fd.try_clone())
-            .collect::<std::io::Result<_>>()?;
-        let progress = Arc::new(AtomicU64::new(0));
-        let counter = Arc::clone(&progress);
-        let (tell, done) = oneshot::channel();
-        let container = container.to_owned();
-        std::thread::Builder::new()
-            .name("log".into())
-            .spawn(move || {
-                if let Err(error) = log.copy(named, &counter) {
-                    tracing::error!(container, %error, "writing the container's log");
-                }
-                // Nobody waits any more when the pod has ended.
-                let _ = tell.send(());
-            })?;
-        Ok(Self {
-            done,
-            progress,
-            streams,
-            _stdin: stdio.stdin,
-        })
-    }
-
-    /// Waits until everything is in the log, as long as something still comes. Then cuts off: a
-    /// process that outlives its container's first one may hold a stream for ever.
-    async fn drain(mut self, idle: Duration) {
-        let mut seen = self.progress.load(Ordering::Relaxed);
-        while timeout(idle, &mut self.done).await.is_err() {
-            let now = self.progress.load(Ordering::Relaxed);
-            if now == seen {
-                for stream in &self.streams {
-                    // It may have ended by itself meanwhile.
-                    let _ = rustix::net::shutdown(stream, rustix::net::Shutdown::Both);
-                }
-                return;
-            }
-            seen = now;
-        }
     }
 }
 
@@ -386,11 +408,19 @@ mod tests {
     #[test]
     fn policies_decide_on_restarts() {
         use RestartPolicy::{Always, Never, OnFailure};
+        use Role::{Init, Joined, Main};
 
-        assert!(restarts(Always, false, 0) && restarts(Always, false, 1));
-        assert!(!restarts(Always, true, 0) && restarts(Always, true, 1));
-        assert!(!restarts(OnFailure, false, 0) && restarts(OnFailure, false, 1));
-        assert!(!restarts(Never, false, 0) && !restarts(Never, false, 1));
+        assert!(restarts(Always, Main, 0) && restarts(Always, Main, 1));
+        assert!(!restarts(Always, Init, 0) && restarts(Always, Init, 1));
+        assert!(!restarts(OnFailure, Main, 0) && restarts(OnFailure, Main, 1));
+        assert!(!restarts(Never, Main, 0) && !restarts(Never, Main, 1));
+        assert!(!restarts(Always, Joined(Never), 1) && restarts(Never, Joined(Always), 0));
+    }
+
+    #[test]
+    fn who_has_joined_fails_alone() {
+        assert!(Role::Main.fails_its_pod(1) && !Role::Main.fails_its_pod(0));
+        assert!(!Role::Joined(RestartPolicy::Never).fails_its_pod(1));
     }
 
     #[test]
@@ -413,47 +443,5 @@ mod tests {
     fn each_start_has_a_root_of_its_own() {
         assert_eq!(rootfs("web", 0), "web");
         assert_eq!(rootfs("web", 2), "web.2");
-    }
-
-    fn output() -> (Output, OwnedFd, tempfile::TempDir) {
-        let root = tempfile::tempdir().unwrap();
-        let log = LogWriter::create(root.path(), 0).unwrap();
-        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-        let mut stdio = Stdio::default();
-        stdio.stdout = Some(ours.into());
-        (
-            Output::copy(stdio, log, "web").unwrap(),
-            theirs.into(),
-            root,
-        )
-    }
-
-    #[tokio::test]
-    async fn draining_waits_for_what_comes() {
-        let (output, theirs, root) = output();
-        let writer = std::thread::spawn(move || {
-            for _ in 0..10 {
-                rustix::io::write(&theirs, b"line\n").unwrap();
-                std::thread::sleep(Duration::from_millis(50));
-            }
-        });
-
-        output.drain(Duration::from_millis(300)).await;
-        writer.join().unwrap();
-
-        let log = std::fs::read_to_string(root.path().join("0.log")).unwrap();
-        assert_eq!(log.lines().count(), 10);
-    }
-
-    #[tokio::test]
-    async fn draining_does_not_wait_for_ever() {
-        let (output, _held_open, _root) = output();
-
-        timeout(
-            Duration::from_secs(10),
-            output.drain(Duration::from_millis(50)),
-        )
-        .await
-        .unwrap();
     }
 }

@@ -39,7 +39,7 @@ pub async fn serve(
     }
     match ended {
         Some(Ok(status)) => {
-            let reply = Reply::ExecEnded {
+            let reply = Reply::Ended {
                 exit_code: status.code,
             };
             channel.send(&reply, &[]).await

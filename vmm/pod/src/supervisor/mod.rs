@@ -11,9 +11,12 @@ mod container;
 mod exec;
 mod failure;
 mod installation;
+mod join;
 mod limits;
 mod machine;
 mod network;
+mod output;
+mod pause;
 mod pod;
 mod record;
 mod server;
@@ -38,6 +41,7 @@ use crate::state::{Directories, PodId, StateError, read_record};
 use crate::text::chain;
 use crate::volumes::VolumeError;
 use api::Request;
+use pause::Pause;
 use pod::Pod;
 pub(crate) use pod::PodContext;
 use record::Record;
@@ -140,6 +144,8 @@ async fn serve(
         stop: stop.clone(),
         limits: Limits::from_environment(),
         agent: OnceLock::new(),
+        pause: Arc::new(Pause::new(Arc::clone(&record), stop.clone())),
+        joins: OnceLock::new(),
     });
 
     let listener = Listener::bind(&dir.socket())?;

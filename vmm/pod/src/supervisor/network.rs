@@ -3,11 +3,12 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use hull_machine::client::MachineSpec;
+use hull_machine::client::{MachineSpec, NetSpec};
+use hull_machine::config::NetLimits;
 
 use super::failure::PodFailure;
 use crate::agent::network::Plan;
-use crate::network::{self, Namespace, Observed, Plug, WiringError};
+use crate::network::{self, Namespace, Observed, Plug, VhostNet, WiringError};
 use crate::networks::{Attachment, Netavark};
 use crate::state::{Directories, PodDir};
 use crate::text::chain;
@@ -32,7 +33,8 @@ struct Wiring {
 }
 
 impl HostNetwork {
-    /// Makes what was reserved for the pod. `mounts` is the mount namespace for what outlives the pod.
+    /// Makes what was reserved for the pod, whose machine has so many processors. `mounts` is the mount namespace for
+    /// what outlives the pod.
     ///
     /// What is there of it after an error goes with [`crate::networks::release`], and with the process.
     pub fn set_up(
@@ -40,6 +42,7 @@ impl HostNetwork {
         dir: &PodDir,
         mounts: OwnedFd,
         limit: Duration,
+        vcpus: u8,
     ) -> Result<Self, PodFailure> {
         let Some(mut attachment) = Attachment::open(directories, dir)? else {
             return Ok(Self::default());
@@ -62,7 +65,8 @@ impl HostNetwork {
             let addresses = observed.interfaces.iter().flat_map(|i| &i.addresses);
             facts.addresses = addresses.map(|address| address.ip).collect();
         }
-        let plug = network::plug(&namespace, &observed)?;
+        let vhost = VhostNet::from_environment()?;
+        let plug = network::plug(&namespace, &observed, vcpus, vhost)?;
         Ok(Self {
             facts,
             wiring: Some(Wiring {
@@ -91,6 +95,7 @@ impl HostNetwork {
         let Some(wiring) = &mut self.wiring else {
             return Ok(spec);
         };
+        let queue_pairs = wiring.plug.queue_pairs();
         let taps = wiring.plug.take_taps();
         for (interface, tap) in wiring.observed.interfaces.iter().zip(taps) {
             let mtu = u16::try_from(interface.mtu).map_err(|_| WiringError::BadInterface {
@@ -98,7 +103,13 @@ impl HostNetwork {
                 kind: interface.kind.clone(),
                 reason: format!("its MTU of {} is more than 65535", interface.mtu),
             })?;
-            spec = spec.net(interface.mac, mtu, Some(tap));
+            let net = NetSpec {
+                mac: interface.mac,
+                mtu,
+                queue_pairs,
+                limits: NetLimits::default(),
+            };
+            spec = spec.net(net, Some(tap));
         }
         Ok(spec)
     }

@@ -14,15 +14,17 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::console::Console;
-use super::container::{Container, Prepared, rootfs};
+use super::container::{Container, Prepared, Role};
 use super::failure::PodFailure;
 use super::installation::Installation;
+use super::join::Joins;
 use super::limits::Limits;
 use super::machine::{SHARE_TAG, spec};
 use super::network::HostNetwork;
 use super::record::Record;
 use super::server::Service;
 use super::stop::Stop;
+use crate::agent::network::Plan;
 use crate::agent::{Agent, Process};
 use crate::events::EventType;
 use crate::images::Store;
@@ -174,11 +176,15 @@ impl Pod {
             .await?;
         self.record
             .event(EventType::Normal, "InfraStarted", None, "started infra");
-        if let Some(plan) = network.plan() {
+        // A sysctl of an interface that there isn't is an error, in a pod without any, too.
+        let sysctls = !infra.sysctls.is_empty();
+        let plan = network.plan().or_else(|| sysctls.then(Plan::default));
+        if let Some(plan) = plan {
             agent.configure_network(&plan).await?;
         }
         // It can be set but once, and this runs but once.
         let _ = self.service.agent.set(agent.clone());
+        self.service.pause.begin(&machine, agent.clone());
         Ok(Guest {
             machine,
             agent,
@@ -191,6 +197,7 @@ impl Pod {
         let directories = self.directories.clone();
         let dir = self.record.dir().clone();
         let limit = self.service.limits.call;
+        let vcpus = oci::machine_size(&self.manifest).vcpus;
         let mounts = self
             .host_mounts
             .try_clone()
@@ -199,7 +206,7 @@ impl Pod {
                 source,
             })?;
         let network = tokio::task::spawn_blocking(move || {
-            HostNetwork::set_up(&directories, &dir, mounts, limit)
+            HostNetwork::set_up(&directories, &dir, mounts, limit, vcpus)
         })
         .await??;
         self.record
@@ -219,35 +226,20 @@ impl Pod {
             let share = Share::create(&dir.share(), dir.data())?;
             let memory_volumes = share.bind_volumes(&manifest)?;
             share.write_etc(&manifest, &network)?;
-            let prepare = |container: &k8s_openapi::api::core::v1::Container, init| {
+            let prepare = |container: &k8s_openapi::api::core::v1::Container, role| {
                 let reference = container.image.as_deref().unwrap_or_default();
                 let image = store.resolve(reference)?;
-                let spec = oci::container(&manifest, container, &image, dir.id().as_str())
-                    .map_err(|source| PodFailure::Spec {
-                        container: container.name.clone(),
-                        source,
-                    })?;
-                share.mount_root(&rootfs(&container.name, 0), &image)?;
-                record.update_container(&container.name, |status| {
-                    status.image.clone_from(&image.reference);
-                    status.image_id = Some(image.id.clone());
-                });
-                Ok::<_, PodFailure>(Prepared {
-                    name: container.name.clone(),
-                    image,
-                    spec,
-                    init,
-                })
+                Prepared::new(&manifest, container, image, role, &share, &record)
             };
             let init = manifest
                 .init_containers()
                 .iter()
-                .map(|c| prepare(c, true))
+                .map(|c| prepare(c, Role::Init))
                 .collect::<Result<_, _>>()?;
             let containers = manifest
                 .containers()
                 .iter()
-                .map(|c| prepare(c, false))
+                .map(|c| prepare(c, Role::Main))
                 .collect::<Result<_, _>>()?;
             Ok(Ground {
                 share: Arc::new(share),
@@ -274,10 +266,19 @@ impl Pod {
             limits: self.service.limits,
             stop: self.stop.clone(),
         });
+        let joins = Joins::new(&context, self.directories.data());
+        // It can be set but once, and this runs but once.
+        let joins = self.service.joins.get_or_init(|| joins);
+        let all = async {
+            self.containers(&context, ground.init, ground.containers)
+                .await?;
+            joins.finished().await;
+            Ok(())
+        };
         let died = tokio::select! {
             // An end that was asked for must not look like a failure.
             biased;
-            ended = self.containers(&context, ground.init, ground.containers) => ended.err(),
+            ended = all => ended.err(),
             failure = death(&machine, &agent, alive, self.service.limits.end) => Some(failure),
         };
         match died {
@@ -307,10 +308,7 @@ impl Pod {
                 return Ok(());
             }
             let name = prepared.name.clone();
-            let container = Container {
-                pod: Arc::clone(context),
-                prepared,
-            };
+            let container = Container::new(context, prepared);
             let (started, _) = oneshot::channel();
             let code = container.run(started).await?;
             if code != 0 && !self.stop.is_requested() {
@@ -326,10 +324,7 @@ impl Pod {
             if self.stop.is_requested() {
                 break;
             }
-            let container = Container {
-                pod: Arc::clone(context),
-                prepared,
-            };
+            let container = Container::new(context, prepared);
             let (started, start) = oneshot::channel();
             running.spawn(container.run(started));
             if start.await.is_err() {
@@ -382,7 +377,7 @@ impl Pod {
             let failed = failure.is_some_and(|f| !matches!(f, PodFailure::Stopped));
             let succeeded = !failed
                 && status
-                    .all_containers()
+                    .manifests_containers()
                     .all(|c| c.terminated().is_some_and(|end| end.exit_code == 0));
             status.phase = if succeeded {
                 Phase::Succeeded
@@ -397,6 +392,7 @@ impl Pod {
             };
             status.console_tail = console_tail;
             status.finished_at = Some(Timestamp::now());
+            status.paused = false;
             status.vmm_pid = None;
             status.supervisor_pid = None;
         });
@@ -469,11 +465,7 @@ async fn shut_down(agent: &Agent, machine: &Machine, limit: Duration) {
 
 /// What ran, ended with the pod.
 fn end_containers(status: &mut PodStatus) {
-    let containers = status
-        .init_containers
-        .iter_mut()
-        .chain(&mut status.containers);
-    for container in containers {
+    for container in status.all_containers_mut() {
         container.finished = true;
         if let ContainerState::Running(running) = &container.state {
             container.state = ContainerState::Terminated(Terminated {

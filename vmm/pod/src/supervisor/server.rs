@@ -9,7 +9,9 @@ use tokio::sync::Semaphore;
 
 use super::api::{Refusal, Reply, Request, Target};
 use super::exec;
+use super::join::{self, Joins};
 use super::limits::Limits;
+use super::pause::{Pause, PauseError};
 use super::record::Record;
 use super::stop::Stop;
 use crate::agent::{Agent, AgentError, Process};
@@ -28,6 +30,9 @@ pub struct Service {
     pub limits: Limits,
     /// There once the guest is up.
     pub agent: OnceLock<Agent>,
+    pub pause: Arc<Pause>,
+    /// There once infra lives.
+    pub joins: OnceLock<Joins>,
 }
 
 impl Service {
@@ -88,6 +93,17 @@ impl Service {
                     self.stop.request(grace_seconds.map(Duration::from_secs));
                     Reply::Done
                 }
+                Request::Pause => done(self.pause.pause().await),
+                Request::Resume => done(self.pause.resume().await),
+                // None of these would come to an end.
+                Request::Kill { .. }
+                | Request::Exec(_)
+                | Request::Join(_)
+                | Request::Forward { .. }
+                    if self.pause.is_on() =>
+                {
+                    paused(&self.record)
+                }
                 Request::Kill { target, signal } => match self.kill(&target, signal).await {
                     Ok(()) => Reply::Done,
                     Err(refused) => refused,
@@ -95,6 +111,10 @@ impl Service {
                 Request::Exec(request) => match self.running(&request.container) {
                     Ok(agent) => return exec::serve(agent, &request, channel, self.limits).await,
                     Err(refused) => refused,
+                },
+                Request::Join(request) => match self.joins.get() {
+                    Some(joins) => return join::serve(joins, *request, channel).await,
+                    None => not_up(),
                 },
                 Request::Forward { port } => match self.forward(port).await {
                     // The client's copy is the only one that stays.
@@ -154,10 +174,31 @@ impl Service {
     }
 }
 
+fn done(result: Result<(), PauseError>) -> Reply {
+    match result {
+        Ok(()) => Reply::Done,
+        Err(error) => Reply::Refused {
+            kind: match error {
+                PauseError::NotUp | PauseError::Ending => Refusal::NotRunning,
+                PauseError::Machine(_) => Refusal::Failed,
+            },
+            message: chain(&error),
+        },
+    }
+}
+
+fn paused(record: &Record) -> Reply {
+    let name = record.read(|status| status.name.clone());
+    Reply::Refused {
+        kind: Refusal::NotRunning,
+        message: format!("the pod is paused; `hull resume {name}` lets it go on"),
+    }
+}
+
 fn not_up() -> Reply {
     Reply::Refused {
         kind: Refusal::NotRunning,
-        message: "the pod's machine is not up".into(),
+        message: "the pod's machine is not up; `hull events` tells how far it is".into(),
     }
 }
 
@@ -179,7 +220,7 @@ mod tests {
     use super::*;
     use crate::client::{Client, ClientError};
     use crate::state::{Claim, ContainerStatus, Directories, Phase, Registry};
-    use crate::supervisor::api::Exec;
+    use crate::supervisor::api::{Exec, Join};
 
     /// A pod whose machine is not up, and a client of it.
     fn pod() -> (tempfile::TempDir, Arc<Service>, Client, std::fs::File) {
@@ -191,11 +232,15 @@ mod tests {
             .claim("web", "Always", vec![], containers, None)
             .unwrap();
         let listener = Listener::bind(&dir.socket()).unwrap();
+        let record = Arc::new(Record::new(dir.clone(), status).unwrap());
+        let stop = Stop::new(Duration::from_secs(30));
         let service = Arc::new(Service {
-            record: Arc::new(Record::new(dir.clone(), status).unwrap()),
-            stop: Stop::new(Duration::from_secs(30)),
+            pause: Arc::new(Pause::new(Arc::clone(&record), stop.clone())),
+            record,
+            stop,
             limits: Limits::from_environment(),
             agent: OnceLock::new(),
+            joins: OnceLock::new(),
         });
         tokio::spawn(Arc::clone(&service).listen(listener));
         let client = Client::connect(&dir).unwrap();
@@ -267,6 +312,31 @@ mod tests {
         let (_root, _service, client, _lock) = pod();
 
         assert_not_running(client.forward(80).await);
+    }
+
+    #[tokio::test]
+    async fn what_is_not_up_does_not_stand_still() {
+        let (_root, _service, client, _lock) = pod();
+
+        assert_not_running(client.pause().await);
+        assert_not_running(client.resume().await);
+    }
+
+    #[tokio::test]
+    async fn a_paused_pod_refuses_what_would_not_end() {
+        let (_root, service, client, _lock) = pod();
+        service.record.update(|status| status.paused = true);
+
+        let refused = client.forward(80).await.unwrap_err().to_string();
+
+        assert!(refused.contains("hull resume web"), "{refused}");
+    }
+
+    #[tokio::test]
+    async fn nobody_joins_what_is_not_up() {
+        let (_root, _service, client, _lock) = pod();
+
+        assert_not_running(client.join(Join::default()).await);
     }
 
     #[tokio::test]

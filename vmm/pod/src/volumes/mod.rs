@@ -17,7 +17,7 @@ pub use etc::NetworkFacts;
 pub use host_path::check;
 use k8s_openapi::api::core::v1::EmptyDirVolumeSource;
 pub use mounts::enter_private_namespace;
-pub use share::Share;
+pub use share::{Share, check_joining};
 
 /// Something that the user should know and that stops nothing.
 #[derive(Debug, Clone, PartialEq, Eq)]

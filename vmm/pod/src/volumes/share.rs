@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use k8s_openapi::api::core::v1::{EmptyDirVolumeSource, Volume};
+use k8s_openapi::api::core::v1::{Container, EmptyDirVolumeSource, Volume};
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags};
 use rustix::mount::{MountAttrFlags, UnmountFlags};
 
@@ -269,6 +269,31 @@ fn uses(manifest: &PodManifest) -> BTreeMap<&str, Usage> {
         *known = usage.max(*known);
     }
     uses
+}
+
+/// Whether a container that joins the running pod can have the volumes that it mounts. They are
+/// those of the pod's first containers, as they were bound for these.
+///
+/// # Errors
+/// [`VolumeError::Refused`] with field and value.
+pub fn check_joining(manifest: &PodManifest, container: &Container) -> Result<(), VolumeError> {
+    let uses = uses(manifest);
+    for (index, mount) in container.volume_mounts.iter().flatten().enumerate() {
+        let wrong = match uses.get(mount.name.as_str()) {
+            None => {
+                "no container of the manifest mounts this volume, so the running pod does not have it"
+            }
+            Some(Usage::ReadOnly) if mount.read_only != Some(true) => {
+                "the running pod has this volume read-only; mount it read-only"
+            }
+            Some(_) => continue,
+        };
+        return Err(VolumeError::Refused(format!(
+            "container {}: volumeMounts[{index}].name: {:?}: {wrong}",
+            container.name, mount.name
+        )));
+    }
+    Ok(())
 }
 
 enum Source<'a> {

@@ -1,142 +1,121 @@
-//! The header before each packet (`struct virtio_net_hdr_v1`; Virtio 1.2, section 5.1.6).
-//!
-//! The kernel's tap has the same one, so it is handed on, once what it says is known to be true of the packet.
+//! The header before each packet (Virtio 1.2, section 5.1.6), checked before the host's kernel sees it.
 
-/// Bytes of a header.
-pub(super) const HEADER_SIZE: usize = 12;
-/// Bytes of the longest packet with its header: 64 KiB of IP packet, and Ethernet's header (section 5.1.6.3.1).
-pub(super) const MOST_BYTES: usize = 65_562;
-/// Bytes of Ethernet's header, and so of the shortest packet that a tap takes.
-pub(super) const LEAST_FRAME: usize = 14;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_HDR_F_DATA_VALID, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE,
+    VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP_L4,
+};
 
-/// Feature bits (section 5.1.3).
-pub(super) const F_CSUM: u64 = 1;
-pub(super) const F_GUEST_CSUM: u64 = 1 << 1;
-pub(super) const F_GUEST_TSO4: u64 = 1 << 7;
-pub(super) const F_GUEST_TSO6: u64 = 1 << 8;
-pub(super) const F_HOST_TSO4: u64 = 1 << 11;
-pub(super) const F_HOST_TSO6: u64 = 1 << 12;
-pub(super) const F_MRG_RXBUF: u64 = 1 << 15;
+use super::features;
 
-/// `VIRTIO_NET_HDR_F_NEEDS_CSUM` and `VIRTIO_NET_HDR_F_DATA_VALID`.
-const NEEDS_CSUM: u8 = 1;
-const DATA_VALID: u8 = 2;
-/// `VIRTIO_NET_HDR_GSO_NONE`, `_TCPV4`, `_TCPV6`.
-const GSO_NONE: u8 = 0;
-const GSO_TCPV4: u8 = 1;
-const GSO_TCPV6: u8 = 4;
+/// Bytes of the header, for drivers of Virtio 1.0 and later.
+pub const SIZE: usize = 12;
+/// Bytes of an Ethernet header.
+pub const ETHERNET: usize = 14;
+/// The longest frame: the largest IP packet, with a VLAN tag.
+pub const LONGEST_FRAME: usize = 65_535 + ETHERNET + VLAN_TAG;
+pub const VLAN_TAG: usize = 4;
+/// Bytes of a checksum.
+const CHECKSUM: usize = 2;
 /// The shortest segments that Linux's TCP makes; ever shorter ones would multiply one packet by thousands.
-const LEAST_SEGMENT: u16 = 8;
+const SHORTEST_SEGMENT: u16 = 8;
 
-/// A header, field by field.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(super) struct Header {
-    pub flags: u8,
-    pub gso_type: u8,
-    /// Bytes of the packet's headers: a hint.
-    pub hdr_len: u16,
-    /// Bytes of a segment's data.
-    pub gso_size: u16,
-    /// Where the part that the checksum covers starts.
-    pub csum_start: u16,
-    /// Where the checksum goes, from there.
-    pub csum_offset: u16,
-    /// Over how many buffers a received packet is spread.
-    pub num_buffers: u16,
+/// Why a packet of the driver is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum HeaderError {
+    #[error("a frame of {0} bytes")]
+    FrameLength(usize),
+    #[error("a checksum is asked for, which was not negotiated")]
+    ChecksumNotNegotiated,
+    #[error("the checksum at {start} + {offset} is not in the frame of {frame} bytes")]
+    Checksum {
+        start: u16,
+        offset: u16,
+        frame: usize,
+    },
+    #[error("segmentation type {0} is not known or was not negotiated")]
+    Segmentation(u8),
+    #[error("segments of {0} bytes")]
+    SegmentSize(u16),
+    #[error("segmentation without a checksum")]
+    SegmentChecksum,
+    #[error("headers of {headers} bytes in a frame of {frame}")]
+    HeaderLength { headers: u16, frame: usize },
 }
 
-impl Header {
-    pub(super) fn from_bytes(bytes: [u8; HEADER_SIZE]) -> Self {
-        let [flags, gso_type, words @ ..] = bytes;
-        let word = |place: usize| u16::from_le_bytes([words[2 * place], words[2 * place + 1]]);
-        Self {
-            flags,
-            gso_type,
-            hdr_len: word(0),
-            gso_size: word(1),
-            csum_start: word(2),
-            csum_offset: word(3),
-            num_buffers: word(4),
-        }
+/// The header for the host's kernel, made of one of the driver's: what it asks for, if it may ask for it
+/// and it lies in the frame, and nothing else.
+pub fn check(driver: [u8; SIZE], frame: usize, negotiated: u64) -> Result<[u8; SIZE], HeaderError> {
+    if !(ETHERNET..=LONGEST_FRAME).contains(&frame) {
+        return Err(HeaderError::FrameLength(frame));
     }
+    let [flags, gso_type, ..] = driver;
+    let field = |at: usize| u16::from_le_bytes([driver[at], driver[at + 1]]);
+    let (headers, segment, start, offset) = (field(2), field(4), field(6), field(8));
 
-    pub(super) fn to_bytes(self) -> [u8; HEADER_SIZE] {
-        let mut bytes = [0; HEADER_SIZE];
-        bytes[0] = self.flags;
-        bytes[1] = self.gso_type;
-        let words = [
-            self.hdr_len,
-            self.gso_size,
-            self.csum_start,
-            self.csum_offset,
-            self.num_buffers,
-        ];
-        for (to, word) in bytes[2..].chunks_exact_mut(2).zip(words) {
-            to.copy_from_slice(&word.to_le_bytes());
+    let mut header = [0; SIZE];
+    // Flags that are not known are ignored (section 5.1.6.2.2).
+    let checksum = u32::from(flags) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0;
+    if checksum {
+        if negotiated & features::CSUM == 0 {
+            return Err(HeaderError::ChecksumNotNegotiated);
         }
-        bytes
+        if usize::from(start) + usize::from(offset) + CHECKSUM > frame {
+            return Err(HeaderError::Checksum {
+                start,
+                offset,
+                frame,
+            });
+        }
+        header[0] = flags & 1;
+        header[6..10].copy_from_slice(&driver[6..10]);
     }
+    let permission = match u32::from(gso_type) {
+        VIRTIO_NET_HDR_GSO_NONE => return Ok(header),
+        VIRTIO_NET_HDR_GSO_TCPV4 => features::HOST_TSO4,
+        VIRTIO_NET_HDR_GSO_TCPV6 => features::HOST_TSO6,
+        VIRTIO_NET_HDR_GSO_UDP_L4 => features::HOST_USO,
+        _ => 0,
+    };
+    if negotiated & permission == 0 {
+        return Err(HeaderError::Segmentation(gso_type));
+    }
+    if !checksum {
+        return Err(HeaderError::SegmentChecksum);
+    }
+    if segment < SHORTEST_SEGMENT {
+        return Err(HeaderError::SegmentSize(segment));
+    }
+    if usize::from(headers) > frame {
+        return Err(HeaderError::HeaderLength { headers, frame });
+    }
+    header[1..6].copy_from_slice(&driver[1..6]);
+    Ok(header)
+}
 
-    /// The header to give to the tap for a packet of the driver's of `frame` bytes, if it is a good one
-    /// (section 5.1.6.2).
-    pub(super) fn sent(self, frame: usize, features: u64) -> Option<Self> {
-        if frame < LEAST_FRAME || usize::from(self.hdr_len) > frame {
-            return None;
-        }
-        let mut header = Self {
-            hdr_len: self.hdr_len,
-            ..Self::default()
-        };
-        // Flags that a driver has no business to set are not looked at.
-        if self.flags & NEEDS_CSUM != 0 {
-            let end = usize::from(self.csum_start) + usize::from(self.csum_offset) + 2;
-            if features & F_CSUM == 0 || end > frame {
-                return None;
-            }
-            header.flags = NEEDS_CSUM;
-            header.csum_start = self.csum_start;
-            header.csum_offset = self.csum_offset;
-        }
-        if self.gso_type != GSO_NONE {
-            let feature = match self.gso_type {
-                GSO_TCPV4 => F_HOST_TSO4,
-                GSO_TCPV6 => F_HOST_TSO6,
-                _ => return None,
-            };
-            let checksummed = header.flags & NEEDS_CSUM != 0;
-            if features & feature == 0 || !checksummed || self.gso_size < LEAST_SEGMENT {
-                return None;
-            }
-            header.gso_type = self.gso_type;
-            header.gso_size = self.gso_size;
-        }
-        Some(header)
+/// Makes the header of a packet from the tap one that a driver with these features knows (section 5.1.6.4.1). False
+/// if it must not have the packet: one from before the tap was told what the driver takes.
+pub fn make_known(header: &mut [u8; SIZE], negotiated: u64) -> bool {
+    let [flags, gso_type, ..] = header;
+    let needed = match u32::from(*gso_type) {
+        VIRTIO_NET_HDR_GSO_NONE => 0,
+        VIRTIO_NET_HDR_GSO_TCPV4 => features::GUEST_TSO4,
+        VIRTIO_NET_HDR_GSO_TCPV6 => features::GUEST_TSO6,
+        VIRTIO_NET_HDR_GSO_UDP_L4 => features::GUEST_USO4 | features::GUEST_USO6,
+        _ => return false,
+    };
+    let checksums = negotiated & features::GUEST_CSUM != 0;
+    let unfinished = u32::from(*flags) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0;
+    if negotiated & needed != needed || (unfinished && !checksums) {
+        return false;
     }
+    let known = VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID;
+    *flags &= if checksums { known.to_le_bytes()[0] } else { 0 };
+    true
+}
 
-    /// The header to give to the driver for a packet from the tap over so many buffers, if the driver can have it
-    /// (section 5.1.6.4.1). One that it can't is from before the tap was told what the driver takes.
-    pub(super) fn received(self, num_buffers: u16, features: u64) -> Option<Self> {
-        let needed = match self.gso_type {
-            GSO_NONE => 0,
-            GSO_TCPV4 => F_GUEST_TSO4,
-            GSO_TCPV6 => F_GUEST_TSO6,
-            _ => return None,
-        };
-        let checksums = features & F_GUEST_CSUM != 0;
-        if features & needed != needed || (self.flags & NEEDS_CSUM != 0 && !checksums) {
-            return None;
-        }
-        let known = if checksums {
-            NEEDS_CSUM | DATA_VALID
-        } else {
-            0
-        };
-        Some(Self {
-            flags: self.flags & known,
-            num_buffers,
-            ..self
-        })
-    }
+/// Says over how many buffers a packet for the driver is spread.
+pub fn set_buffers(header: &mut [u8; SIZE], buffers: u16) {
+    header[10..].copy_from_slice(&buffers.to_le_bytes());
 }
 
 #[cfg(test)]
@@ -145,137 +124,153 @@ mod tests {
 
     use super::*;
 
-    const ALL: u64 = u64::MAX;
+    const ALL: u64 =
+        features::CSUM | features::HOST_TSO4 | features::HOST_TSO6 | features::HOST_USO;
 
-    /// A segmented packet as Linux sends it.
-    fn segmented() -> Header {
-        Header {
-            flags: NEEDS_CSUM,
-            gso_type: GSO_TCPV4,
-            hdr_len: 54,
-            gso_size: 1448,
-            csum_start: 34,
-            csum_offset: 16,
-            num_buffers: 0,
-        }
+    /// Flags, type, length of the headers, segment size, checksum's start and offset.
+    fn header(flags: u8, gso_type: u8, rest: [u16; 4]) -> [u8; SIZE] {
+        let mut header = [0xff; SIZE];
+        header[0] = flags;
+        header[1] = gso_type;
+        header[2..10].copy_from_slice(rest.map(u16::to_le_bytes).as_flattened());
+        header
     }
 
     #[test]
-    fn bytes_are_those_of_the_specification() {
-        let bytes = [1, 4, 0x36, 0, 0xa8, 5, 0x22, 0, 0x10, 0, 2, 1];
+    fn what_is_asked_for_rightly_is_passed_on() {
+        let driver = header(1, 1, [54, 1448, 34, 16]);
 
-        let header = Header::from_bytes(bytes);
+        let passed = check(driver, 4000, ALL).unwrap();
 
-        assert_eq!(
-            header,
-            Header {
-                gso_type: GSO_TCPV6,
-                num_buffers: 0x102,
-                ..segmented()
-            }
-        );
-        assert_eq!(header.to_bytes(), bytes);
+        assert_eq!(passed[..10], driver[..10]);
+        assert_eq!(passed[10..], [0, 0]);
     }
 
     #[test]
-    fn a_good_packet_goes_on_as_it_is() {
-        assert_eq!(segmented().sent(4000, ALL), Some(segmented()));
+    fn nothing_is_passed_on_that_is_not_asked_for() {
+        // All flags but that for a checksum.
+        let driver = header(0xfe, 0, [0xffff; 4]);
+
+        assert_eq!(check(driver, 60, ALL), Ok([0; SIZE]));
     }
 
+    /// threats.md, DPDK CVE-2024-11614: the checksum's place lay outside of the packet.
     #[test]
-    fn what_the_driver_has_no_say_in_is_cleared() {
-        let odd = Header {
-            flags: 0xfe,
-            gso_size: 7,
-            csum_start: 9,
-            csum_offset: 9,
-            num_buffers: 9,
-            ..Header::default()
-        };
-
-        assert_eq!(odd.sent(60, ALL), Some(Header::default()));
-    }
-
-    #[test]
-    fn segmentation_must_be_known_negotiated_and_checksummed() {
-        let bad = [
-            Header {
-                gso_type: 3,
-                ..segmented()
-            },
-            Header {
-                gso_type: 0x81,
-                ..segmented()
-            },
-            Header {
-                gso_size: 0,
-                ..segmented()
-            },
-            Header {
-                flags: 0,
-                ..segmented()
-            },
+    fn cve_2024_11614_a_checksum_outside_the_frame_is_refused() {
+        let outside = [
+            (34, 25),
+            (59, 0),
+            (60, 0),
+            (0, 59),
+            (0xffff, 0xffff),
+            (0, 0xffff),
         ];
 
-        assert_eq!(bad.map(|header| header.sent(4000, ALL)), [None; 4]);
-        assert_eq!(segmented().sent(4000, F_CSUM | F_HOST_TSO6), None);
-        assert_eq!(segmented().sent(4000, F_HOST_TSO4), None);
-    }
+        let results =
+            outside.map(|(start, offset)| check(header(1, 0, [0, 0, start, offset]), 60, ALL));
 
-    /// DPDK's CVE-2024-11614: the place of a checksum was taken from the guest unchecked.
-    #[test]
-    fn cve_2024_11614_a_checksum_outside_the_packet_is_refused() {
-        let at = |csum_start, csum_offset| Header {
-            flags: NEEDS_CSUM,
-            csum_start,
-            csum_offset,
-            ..Header::default()
-        };
-
-        assert!(at(34, 16).sent(52, ALL).is_some());
-        for (start, offset) in [(34, 17), (35, 16), (51, 0), (u16::MAX, u16::MAX), (0, 51)] {
-            assert_eq!(at(start, offset).sent(52, ALL), None, "{start} {offset}");
-        }
+        let expected = outside.map(|(start, offset)| {
+            Err(HeaderError::Checksum {
+                start,
+                offset,
+                frame: 60,
+            })
+        });
+        assert_eq!(results, expected);
+        assert!(check(header(1, 0, [0, 0, 34, 24]), 60, ALL).is_ok());
     }
 
     #[test]
-    fn headers_longer_than_the_packet_are_refused() {
-        assert_eq!(segmented().sent(53, ALL), None);
-        assert_eq!(Header::default().sent(LEAST_FRAME - 1, ALL), None);
-    }
+    fn segmentation_is_refused_where_it_makes_no_sense() {
+        let sizes = [54, 1448, 34, 16];
 
-    #[test]
-    fn a_driver_gets_only_what_it_takes() {
-        let valid = Header {
-            flags: DATA_VALID,
-            ..Header::default()
-        };
-
-        assert_eq!(segmented().received(1, F_GUEST_CSUM | F_GUEST_TSO6), None);
-        assert_eq!(segmented().received(1, F_GUEST_TSO4), None);
-        assert_eq!(valid.received(1, 0).map(|header| header.flags), Some(0));
         assert_eq!(
-            segmented().received(3, F_GUEST_CSUM | F_GUEST_TSO4),
-            Some(Header {
-                num_buffers: 3,
-                ..segmented()
+            check(header(1, 3, sizes), 4000, ALL),
+            Err(HeaderError::Segmentation(3))
+        );
+        assert_eq!(
+            check(header(1, 0x81, sizes), 4000, ALL),
+            Err(HeaderError::Segmentation(0x81))
+        );
+        assert_eq!(
+            check(header(0, 1, sizes), 4000, ALL),
+            Err(HeaderError::SegmentChecksum)
+        );
+        assert_eq!(
+            check(header(1, 4, [54, 7, 34, 16]), 4000, ALL),
+            Err(HeaderError::SegmentSize(7))
+        );
+        assert_eq!(
+            check(header(1, 5, [4001, 1448, 34, 16]), 4000, ALL),
+            Err(HeaderError::HeaderLength {
+                headers: 4001,
+                frame: 4000
             })
         );
     }
 
-    proptest! {
-        #[test]
-        fn what_reaches_the_tap_is_true_of_the_packet(
-            bytes: [u8; HEADER_SIZE], frame in 0..MOST_BYTES, features: u64,
-        ) {
-            let header = Header::from_bytes(bytes);
+    #[test]
+    fn what_was_not_negotiated_is_refused() {
+        let driver = header(1, 1, [54, 1448, 34, 16]);
 
-            if let Some(sent) = header.sent(frame, features) {
-                let checksum = usize::from(sent.csum_start) + usize::from(sent.csum_offset) + 2;
-                prop_assert!(sent.flags <= NEEDS_CSUM);
-                prop_assert!(checksum <= frame.max(2));
-                prop_assert!(usize::from(sent.hdr_len) <= frame);
-                prop_assert!(sent.gso_type == GSO_NONE || sent.gso_size >= LEAST_SEGMENT);
+        assert_eq!(
+            check(driver, 4000, 0),
+            Err(HeaderError::ChecksumNotNegotiated)
+        );
+        assert_eq!(
+            check(driver, 4000, features::CSUM | features::HOST_TSO6),
+            Err(HeaderError::Segmentation(1))
+        );
+    }
+
+    #[test]
+    fn frames_of_impossible_lengths_are_refused() {
+        let lengths = [0, 13, LONGEST_FRAME + 1, usize::MAX];
+
+        let results = lengths.map(|length| check([0; SIZE], length, ALL));
+
+        assert_eq!(
+            results,
+            lengths.map(|length| Err(HeaderError::FrameLength(length)))
+        );
+    }
+
+    #[test]
+    fn a_driver_gets_only_what_it_takes() {
+        let sizes = [54, 1448, 34, 16];
+        let known = |flags, gso_type, negotiated| {
+            let mut header = header(flags, gso_type, sizes);
+            make_known(&mut header, negotiated).then_some(header[0])
+        };
+        let checksums = features::GUEST_CSUM;
+
+        assert_eq!(known(1, 1, checksums | features::GUEST_TSO4), Some(1));
+        assert_eq!(known(1, 1, checksums | features::GUEST_TSO6), None);
+        assert_eq!(known(1, 1, features::GUEST_TSO4), None);
+        assert_eq!(known(1, 5, checksums | features::GUEST_USO4), None);
+        assert_eq!(known(1, 5, checksums | features::UDP_SEGMENTATION), Some(1));
+        assert_eq!(known(1, 0x81, u64::MAX), None);
+        assert_eq!(known(0xfe, 0, checksums), Some(2));
+        assert_eq!(known(2, 0, 0), Some(0));
+    }
+
+    proptest! {
+        /// threats.md, DPDK CVE-2024-11614, for any header: what passes lies in the frame.
+        #[test]
+        fn cve_2024_11614_no_header_passes_that_reaches_outside_its_frame(
+            driver in any::<[u8; SIZE]>(),
+            asked in prop::sample::select(vec![0_u8, 1, 4, 5]),
+            frame in prop_oneof![0..200_usize, 0..70_000_usize],
+        ) {
+            let mut driver = driver;
+            driver[1] = asked;
+
+            if let Ok(passed) = check(driver, frame, ALL) {
+                let field = |at: usize| usize::from(u16::from_le_bytes([passed[at], passed[at + 1]]));
+                prop_assert!(passed[0] <= 1);
+                prop_assert!(field(6) + field(8) <= frame);
+                prop_assert!(field(2) <= frame);
+                prop_assert!(passed[1] == 0 || (passed[0] == 1 && field(4) >= 8));
             }
         }
     }

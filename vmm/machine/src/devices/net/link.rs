@@ -1,94 +1,272 @@
-//! Whether an interface has a tap, as the device, its thread and the supervisor's requests share it.
+//! What the registers, the control queue, the queue pairs and the supervisor tell each other.
 
 use std::io;
-use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::tap::{Backend, Tap};
+use super::counters::Counters;
+use super::tap::{KernelTap, Tap};
+use super::vhost::VhostNet;
+use crate::config::TapDescriptors;
 use crate::control::PlugRefused;
+use crate::virtio::device::Interrupt;
 
-/// The link of one device. Up: it has a tap.
+/// The host's end of a queue pair.
 #[derive(Debug)]
-pub(super) struct Link {
-    tap: Mutex<Option<Arc<dyn Backend>>>,
+pub struct Backend {
+    pub tap: Box<dyn Tap>,
+    /// Serves the pair in the kernel.
+    pub vhost: Option<VhostNet>,
+}
+
+/// The backend of each of so many queue pairs.
+pub fn backends(tap: TapDescriptors, pairs: usize) -> Result<Vec<Backend>, PlugRefused> {
+    let TapDescriptors { queues, vhost } = tap;
+    if queues.len() != pairs || !(vhost.is_empty() || vhost.len() == pairs) {
+        return Err(PlugRefused::Descriptors);
+    }
+    let mut vhost = vhost.into_iter();
+    queues
+        .into_iter()
+        .map(|queue| {
+            let tap = KernelTap::new(queue).map_err(|error| PlugRefused::Tap {
+                errno: error.raw_os_error().unwrap_or(libc::EIO),
+            })?;
+            Ok(Backend {
+                tap: Box::new(tap),
+                vhost: vhost.next().map(VhostNet::new),
+            })
+        })
+        .collect()
+}
+
+/// The state of an interface.
+#[derive(Debug)]
+pub struct Link {
+    pairs: usize,
+    /// The address that the interface has unless its driver takes another.
+    first_mac: [u8; 6],
+    state: Mutex<State>,
+    /// One for each pair: something has changed that it should look at.
+    bells: Vec<EventFd>,
+    pub counters: Arc<Counters>,
+}
+
+#[derive(Debug)]
+struct State {
+    mac: [u8; 6],
+    /// One for each pair; none while the link is down.
+    backends: Option<Vec<Arc<Backend>>>,
+    /// How many pairs the driver uses.
+    in_use: usize,
     /// How often the link has gone up or down, modulo 256.
-    changes: AtomicU8,
-    /// Readable when a tap has come.
-    bell: EventFd,
+    changes: u8,
+    driver: Option<Driver>,
+}
+
+/// A driver that is to hear of changes.
+#[derive(Debug)]
+struct Driver {
+    interrupt: Arc<dyn Interrupt>,
+    /// The change up to which the driver knows.
+    told: u8,
+    /// The change up to which each pair's thread has gone along. Only when all have may the driver hear of it: packets
+    /// that it sends at once would be lost.
+    followed: Vec<u8>,
 }
 
 impl Link {
-    /// One that is down.
-    pub(super) fn new() -> io::Result<Self> {
+    pub fn new(mac: [u8; 6], pairs: usize, backends: Option<Vec<Backend>>) -> io::Result<Self> {
+        let bells = (0..pairs)
+            .map(|_| EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK))
+            .collect::<io::Result<_>>()?;
         Ok(Self {
-            tap: Mutex::new(None),
-            changes: AtomicU8::new(0),
-            bell: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            pairs,
+            first_mac: mac,
+            state: Mutex::new(State {
+                mac,
+                backends: backends.map(shared),
+                in_use: 1,
+                changes: 0,
+                driver: None,
+            }),
+            bells,
+            counters: Arc::default(),
         })
     }
 
-    pub(super) fn is_up(&self) -> bool {
-        self.lock().is_some()
+    pub fn mac(&self) -> [u8; 6] {
+        self.state().mac
     }
 
-    pub(super) fn changes(&self) -> u8 {
-        self.changes.load(Ordering::SeqCst)
+    pub fn set_mac(&self, mac: [u8; 6]) {
+        self.state().mac = mac;
     }
 
-    pub(super) fn bell(&self) -> &EventFd {
-        &self.bell
+    pub fn is_up(&self) -> bool {
+        self.state().backends.is_some()
     }
 
-    pub(super) fn tap(&self) -> Option<Arc<dyn Backend>> {
-        self.lock().clone()
+    pub fn changes(&self) -> u8 {
+        self.state().changes
     }
 
-    /// Brings the link up.
+    /// Rings for a pair.
+    pub fn bell(&self, pair: usize) -> Option<&EventFd> {
+        self.bells.get(pair)
+    }
+
+    /// What serves a pair, if the driver uses that and the link is up; and the change that made it so.
+    pub fn backend(&self, pair: usize) -> (Option<Arc<Backend>>, u8) {
+        let state = self.state();
+        let backend = state
+            .backends
+            .as_ref()
+            .and_then(|backends| backends.get(pair))
+            .filter(|_| pair < state.in_use);
+        (backend.cloned(), state.changes)
+    }
+
+    /// A driver is there, has set up so many pairs, and uses one. It hears of changes by `interrupt`.
+    pub fn driver_up(&self, pairs: usize, interrupt: Arc<dyn Interrupt>) {
+        let mut state = self.state();
+        state.in_use = 1;
+        state.driver = Some(Driver {
+            interrupt,
+            told: state.changes,
+            followed: vec![state.changes; pairs],
+        });
+    }
+
+    /// It is no longer. All is for the next as it was for it.
+    pub fn driver_down(&self) {
+        let mut state = self.state();
+        state.in_use = 1;
+        state.mac = self.first_mac;
+        state.driver = None;
+    }
+
+    /// A pair's thread has gone along with a change. The last one tells the driver.
     ///
     /// # Errors
-    /// When it is up.
-    pub(super) fn plug(&self, tap: Arc<dyn Backend>) -> Result<(), PlugRefused> {
-        let mut place = self.lock();
-        if place.is_some() {
+    /// When the interrupt is broken.
+    pub fn follow(&self, pair: usize, change: u8) -> io::Result<()> {
+        let mut state = self.state();
+        let changes = state.changes;
+        let Some(driver) = &mut state.driver else {
+            return Ok(());
+        };
+        if let Some(followed) = driver.followed.get_mut(pair) {
+            *followed = change;
+        }
+        if driver.told == changes || driver.followed.iter().any(|followed| *followed != changes) {
+            return Ok(());
+        }
+        driver.told = changes;
+        driver.interrupt.signal()
+    }
+
+    /// Gives the interface its tap.
+    pub fn plug(&self, backends: Vec<Backend>) -> Result<(), PlugRefused> {
+        if backends.len() != self.pairs {
+            return Err(PlugRefused::Descriptors);
+        }
+        let mut state = self.state();
+        if state.backends.is_some() {
             return Err(PlugRefused::Plugged);
         }
-        *place = Some(tap);
-        self.changes.fetch_add(1, Ordering::SeqCst);
-        // A counter that is full is readable, which is all that matters.
-        let _ = self.bell.write(1);
+        state.backends = Some(shared(backends));
+        self.changed(state);
         Ok(())
     }
 
-    /// Brings the link down.
-    pub(super) fn unplug(&self) {
-        if self.lock().take().is_some() {
-            self.changes.fetch_add(1, Ordering::SeqCst);
+    /// The tap is gone: `backend` is the part of it that has shown that.
+    pub fn lost(&self, backend: &Arc<Backend>) {
+        let mut state = self.state();
+        let current = state
+            .backends
+            .as_ref()
+            .is_some_and(|backends| backends.iter().any(|one| Arc::ptr_eq(one, backend)));
+        if current {
+            log::warn!("a network interface has lost its tap; its link is down");
+            state.backends = None;
+            self.changed(state);
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Arc<dyn Backend>>> {
-        self.tap.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn pairs_in_use(&self) -> usize {
+        self.state().in_use
+    }
+
+    /// Uses the first `pairs` pairs from now on. Called by the first pair's thread alone.
+    pub fn use_pairs(&self, pairs: usize) {
+        let before = std::mem::replace(&mut self.state().in_use, pairs);
+        if pairs > before {
+            // Packets come to the new ones before anybody looks, and wait.
+            self.arrange();
+        }
+        self.ring_all();
+        if pairs < before {
+            self.arrange();
+        }
+    }
+
+    /// Takes those of the tap's queues out of use whose pairs are not used. Called by the first pair's
+    /// thread alone, which is there whenever there is a driver.
+    pub fn arrange(&self) {
+        let state = self.state();
+        let in_use = state.in_use;
+        let Some(backends) = state.backends.clone() else {
+            return;
+        };
+        drop(state);
+        // The only queue of a tap can't be taken out of use.
+        if backends.len() == 1 {
+            return;
+        }
+        for (pair, backend) in backends.iter().enumerate() {
+            if let Err(error) = backend.tap.set_attached(pair < in_use) {
+                log::warn!("queue {pair} of a tap: {error}");
+            }
+        }
+    }
+
+    fn changed(&self, mut state: MutexGuard<'_, State>) {
+        state.changes = state.changes.wrapping_add(1);
+        drop(state);
+        self.ring_all();
+    }
+
+    fn ring_all(&self) {
+        for bell in &self.bells {
+            // A counter that is full is readable, which is all that matters.
+            drop(bell.write(1));
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Plugs a tap into a device.
+fn shared(backends: Vec<Backend>) -> Vec<Arc<Backend>> {
+    backends.into_iter().map(Arc::new).collect()
+}
+
+/// Plugs the tap of an interface that has none.
 #[derive(Debug, Clone)]
-pub struct NetHandle(Arc<Link>);
+pub struct NetHandle(pub(super) Arc<Link>);
 
 impl NetHandle {
-    pub(super) fn new(link: Arc<Link>) -> Self {
-        Self(link)
-    }
-
-    /// Brings the link up, now or when there is a driver to see it.
+    /// Gives the interface its tap, and brings its link up.
     ///
     /// # Errors
-    /// When it is up already, or the tap is no usable descriptor.
-    pub fn plug(&self, tap: OwnedFd) -> Result<(), PlugRefused> {
-        let tap = Tap::new(tap).map_err(|_| PlugRefused::Unusable)?;
-        self.0.plug(Arc::new(tap))
+    /// When it has one, or the descriptors are not what an interface with so many queue pairs needs.
+    pub fn plug(&self, tap: TapDescriptors) -> Result<(), PlugRefused> {
+        if self.0.is_up() {
+            return Err(PlugRefused::Plugged);
+        }
+        self.0.plug(backends(tap, self.0.pairs)?)
     }
 }

@@ -1,118 +1,257 @@
-//! virtio-net (Virtio 1.2, section 5.1): the guest's network interface onto a tap of the host's.
+//! A network interface onto a tap of the host's (virtio-net; Virtio 1.2, section 5.1).
 //!
 //! ```text
-//! service.rs    the device's thread: the queues, the tap, and their turns
+//! link.rs       the state that all of it shares, and how a tap is plugged late
+//! pair.rs       a queue pair's thread: waits, and moves packets
 //! receive.rs    from the tap into the driver's buffers
-//! used.rs       giving the driver its buffers back
 //! transmit.rs   from the driver's buffers into the tap
-//! header.rs     what stands before each packet, checked both ways
-//! link.rs       whether there is a tap, and who is told
-//! tap.rs        the tap itself
+//! commands.rs   the control queue
+//! header.rs     checks what the driver says of a packet
+//! features.rs   what can be negotiated
+//! limits.rs     rate limits
+//! ring.rs       a queue of packets
+//! tap.rs        a queue of a tap
+//! vhost.rs      a queue pair that the kernel serves instead
+//! counters.rs   what was lost
 //! ```
 //!
-//! One pair of queues. Checksums and segmentation are left to whoever does them best: the header before each
-//! packet goes from the driver to the host's kernel and back, and each of its fields is checked here first, so
-//! that nothing depends on the kernel's own checks. A packet that is malformed is dropped, and no more than that.
+//! Checksums and segmentation are left to whoever does them best: the header before each packet goes from the
+//! driver to the host's kernel and back, and each of its fields is checked here first, so that nothing depends on
+//! the kernel's own checks. A packet that is malformed is dropped, and no more than that.
 //!
-//! # What the device's thread needs
-//! `ioctl` (`TUNSETVNETHDRSZ`, `TUNSETOFFLOAD`), `read` and `writev`, besides what every device's thread needs.
+//! Where the supervisor hands over vhost-net, packets do not even come by: the kernel serves the queues, with
+//! doorbells and interrupts that go straight to and from it, and checks packets itself. Rate limits are kept
+//! here, so an interface that has any is served here.
+//!
+//! An interface without a tap has its link down. Its driver's packets go nowhere; when a tap is plugged, the
+//! driver is told that the link is up, once all of the device's threads have it.
+//!
+//! # What the device's threads need
+//! `read` and `writev` (tap), `timerfd_create` and `timerfd_settime` (limits), and the `ioctl`s that
+//! [`crate::jail::seccomp`] lists for taps and vhost-net, besides what every device's thread needs.
 
+mod commands;
+mod counters;
+mod features;
 mod header;
+mod limits;
 mod link;
+mod pair;
 mod receive;
-mod service;
+mod ring;
 mod tap;
+#[cfg(test)]
+mod tests;
 mod transmit;
-mod used;
+mod vhost;
 
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
 
-use self::header::{
-    F_CSUM, F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, F_HOST_TSO4, F_HOST_TSO6, F_MRG_RXBUF,
-};
-use self::link::Link;
-pub use self::link::NetHandle;
-use self::service::Service;
-use self::tap::Tap;
+use virtio_bindings::virtio_net::VIRTIO_NET_S_LINK_UP;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
 use super::worker::Worker;
-use crate::virtio::device::{Activation, RING_FEATURES, VirtioDevice};
+use crate::config::{MAX_QUEUE_PAIRS, NetConfig, TapDescriptors};
+use crate::control::PlugRefused;
+use crate::virtio::device::{Activation, ActiveQueue, RING_FEATURES, VirtioDevice};
+
+use commands::Commands;
+use limits::Limiter;
+pub use link::NetHandle;
+use link::{Backend, Link};
+use pair::Pair;
+use receive::Receive;
+use ring::Ring;
+use transmit::Transmit;
 
 const DEVICE_TYPE: u32 = 1;
-/// Queues: to the guest, from the guest (section 5.1.2).
-const QUEUE_SIZES: [u16; 2] = [256, 256];
-/// Feature bits about the configuration (section 5.1.3).
-const F_MTU: u64 = 1 << 3;
-const F_MAC: u64 = 1 << 5;
-const F_STATUS: u64 = 1 << 16;
-/// `VIRTIO_NET_S_LINK_UP` (section 5.1.4).
-const LINK_UP: u16 = 1;
-/// What IPv4 asks of every link (RFC 791).
-const LEAST_MTU: u16 = 68;
+/// Entries of a queue for packets, and of that for commands.
+const PACKETS: u16 = 256;
+const COMMANDS: u16 = 64;
+/// The least that IPv4 needs; drivers refuse less (section 5.1.4.1).
+const MIN_MTU: u16 = 68;
+/// Bytes of the device configuration (section 5.1.4), up to the end of what the features give meaning.
+const CONFIG_SIZE: usize = 12;
 /// The bit of a hardware address's first byte that makes it one of a group.
 const GROUP: u8 = 1;
 
-/// Why an interface can't be had as configured.
+/// Why there is no interface.
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
-    #[error("an MTU is {LEAST_MTU} to 65535, not {0}")]
+    #[error("an MTU of {0} is not within {MIN_MTU} to 65535")]
     Mtu(u16),
     #[error("a hardware address is one interface's, not {0:02x?}")]
     Mac([u8; 6]),
-    #[error("preparing the interface's tap")]
-    Tap(#[source] io::Error),
-    #[error("creating the interface's event descriptor")]
+    #[error("{pairs} queue pairs are not within 1 to {most}")]
+    QueuePairs { pairs: u8, most: u8 },
+    #[error("plugging the tap")]
+    Plug(#[from] PlugRefused),
+    #[error("making event descriptors")]
     Event(#[source] io::Error),
 }
 
 /// The device.
 #[derive(Debug)]
 pub struct Net {
-    mac: [u8; 6],
+    features: u64,
     mtu: u16,
+    pairs: usize,
+    queue_sizes: Vec<u16>,
+    receive_limiter: Limiter,
+    transmit_limiter: Limiter,
     link: Arc<Link>,
-    worker: Option<Worker>,
+    workers: Vec<Worker>,
 }
 
 impl Net {
-    /// Makes the device, and what a tap is plugged into it with. Without one the link is down.
+    /// An interface as `config` has it, but for the tap, whose descriptors come with it: of a machine
+    /// with so many processors.
     ///
     /// # Errors
-    /// When the address or the MTU is none, or the tap is no usable descriptor.
+    /// When a number is out of bounds, or the descriptors are not a tap's.
     pub fn new(
-        mac: [u8; 6],
-        mtu: u16,
-        tap: Option<OwnedFd>,
+        config: &NetConfig,
+        vcpus: u8,
+        tap: Option<TapDescriptors>,
     ) -> Result<(Self, NetHandle), NetError> {
-        let tap = tap.map(Tap::new).transpose().map_err(NetError::Tap)?;
-        let net = Self::with_link(mac, mtu, Link::new().map_err(NetError::Event)?)?;
-        if let Some(tap) = tap {
-            // The link is new, so that there is room.
-            let _ = net.link.plug(Arc::new(tap));
+        let most = vcpus.min(MAX_QUEUE_PAIRS);
+        if !(1..=most).contains(&config.queue_pairs) {
+            return Err(NetError::QueuePairs {
+                pairs: config.queue_pairs,
+                most,
+            });
         }
-        let handle = NetHandle::new(Arc::clone(&net.link));
-        Ok((net, handle))
+        let pairs = usize::from(config.queue_pairs);
+        let backends = tap.map(|tap| link::backends(tap, pairs)).transpose()?;
+        Self::with_backends(config, backends)
     }
 
-    fn with_link(mac: [u8; 6], mtu: u16, link: Link) -> Result<Self, NetError> {
-        if mtu < LEAST_MTU {
-            return Err(NetError::Mtu(mtu));
+    fn with_backends(
+        config: &NetConfig,
+        backends: Option<Vec<Backend>>,
+    ) -> Result<(Self, NetHandle), NetError> {
+        if config.mtu < MIN_MTU {
+            return Err(NetError::Mtu(config.mtu));
         }
-        if mac[0] & GROUP != 0 || mac == [0; 6] {
-            return Err(NetError::Mac(mac));
+        if config.mac[0] & GROUP != 0 || config.mac == [0; 6] {
+            return Err(NetError::Mac(config.mac));
         }
-        Ok(Self {
-            mac,
-            mtu,
-            link: Arc::new(link),
-            worker: None,
-        })
+        let pairs = usize::from(config.queue_pairs);
+        let mut features = RING_FEATURES | features::ALWAYS;
+        if pairs > 1 {
+            features |= features::MQ;
+        }
+        let first = backends.as_ref().and_then(|backends| backends.first());
+        if first.is_some_and(segments_udp) {
+            features |= features::UDP_SEGMENTATION;
+        }
+        let mut queue_sizes = vec![PACKETS; 2 * pairs];
+        queue_sizes.push(COMMANDS);
+        let now = Instant::now();
+        let link = Link::new(config.mac, pairs, backends).map_err(NetError::Event)?;
+        let link = Arc::new(link);
+        let device = Self {
+            features,
+            mtu: config.mtu,
+            pairs,
+            queue_sizes,
+            receive_limiter: Limiter::new(config.limits.receive, now),
+            transmit_limiter: Limiter::new(config.limits.transmit, now),
+            link: Arc::clone(&link),
+            workers: Vec::new(),
+        };
+        Ok((device, NetHandle(link)))
     }
 
-    pub(super) fn service(&self, activation: Activation) -> io::Result<Service> {
-        Service::new(activation, Arc::clone(&self.link))
+    fn config(&self) -> [u8; CONFIG_SIZE] {
+        let mut config = [0; CONFIG_SIZE];
+        config[..6].copy_from_slice(&self.link.mac());
+        if self.link.is_up() {
+            config[6..8].copy_from_slice(&VIRTIO_NET_S_LINK_UP.to_le_bytes()[..2]);
+        }
+        let pairs = u16::try_from(self.pairs).unwrap_or(u16::MAX);
+        config[8..10].copy_from_slice(&pairs.to_le_bytes());
+        config[10..12].copy_from_slice(&self.mtu.to_le_bytes());
+        config
     }
+
+    /// The queue pairs that a driver has set up, the first with the control queue.
+    fn queue_pairs(&self, activation: Activation) -> io::Result<Vec<Pair>> {
+        let Activation {
+            memory,
+            features: negotiated,
+            queues,
+            ..
+        } = activation;
+        let event_idx = negotiated & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let multiqueue = negotiated & features::MQ != 0;
+        // Section 5.1.2: the control queue comes after the pairs that the driver knows of.
+        let known = if multiqueue { self.pairs } else { 1 };
+        let mut queues: Vec<Option<ActiveQueue>> = by_index(queues, 2 * known + 1);
+        let control = queues
+            .pop()
+            .flatten()
+            .filter(|_| negotiated & features::CTRL_VQ != 0);
+        let rings: Vec<_> = queues
+            .chunks_exact_mut(2)
+            .map_while(|pair| Some((pair[0].take()?, pair[1].take()?)))
+            .collect();
+        if rings.is_empty() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "the network driver left out a queue",
+            ));
+        }
+        let count = rings.len();
+        let mut commands = control.map(|queue| Commands::new(queue, Arc::clone(&self.link), count));
+        let pairs = rings
+            .into_iter()
+            .enumerate()
+            .map(|(number, (receive, transmit))| {
+                let counters = &self.link.counters;
+                let receive = Receive::new(
+                    Ring::new(receive, event_idx),
+                    self.receive_limiter.clone(),
+                    negotiated,
+                    Arc::clone(counters),
+                );
+                let transmit = Transmit::new(
+                    Ring::new(transmit, event_idx),
+                    self.transmit_limiter.clone(),
+                    negotiated,
+                    Arc::clone(counters),
+                );
+                Pair::new(
+                    number,
+                    memory.clone(),
+                    negotiated,
+                    (receive, transmit),
+                    Arc::clone(&self.link),
+                    commands.take(),
+                )
+            });
+        Ok(pairs.collect())
+    }
+}
+
+/// Whether a tap takes UDP packets to be cut into segments, and gives them.
+fn segments_udp(backend: &Backend) -> bool {
+    let flags = features::TUN_CSUM | features::TUN_USO;
+    backend.tap.set_offload(flags).is_ok()
+}
+
+/// The first `count` queues, each at its place.
+fn by_index(queues: Vec<ActiveQueue>, count: usize) -> Vec<Option<ActiveQueue>> {
+    let mut places: Vec<_> = std::iter::repeat_with(|| None).take(count).collect();
+    for queue in queues {
+        if let Some(place) = places.get_mut(usize::from(queue.index)) {
+            *place = Some(queue);
+        }
+    }
+    places
 }
 
 impl VirtioDevice for Net {
@@ -121,29 +260,20 @@ impl VirtioDevice for Net {
     }
 
     fn queue_max_sizes(&self) -> &[u16] {
-        &QUEUE_SIZES
+        &self.queue_sizes
     }
 
     fn features(&self) -> u64 {
-        let configuration = F_MTU | F_MAC | F_STATUS;
-        let received = F_GUEST_CSUM | F_GUEST_TSO4 | F_GUEST_TSO6 | F_MRG_RXBUF;
-        let sent = F_CSUM | F_HOST_TSO4 | F_HOST_TSO6;
-        configuration | received | sent | RING_FEATURES
+        self.features
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        // Address, status, queue pairs, MTU (section 5.1.4).
-        let status = if self.link.is_up() { LINK_UP } else { 0 };
-        let mut config = [0; 12];
-        config[..6].copy_from_slice(&self.mac);
-        config[6..8].copy_from_slice(&status.to_le_bytes());
-        config[8..10].copy_from_slice(&1_u16.to_le_bytes());
-        config[10..].copy_from_slice(&self.mtu.to_le_bytes());
-        let tail = usize::try_from(offset)
+        let config = self.config();
+        let known = usize::try_from(offset)
             .ok()
             .and_then(|offset| config.get(offset..))
             .unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(tail) {
+        for (to, from) in data.iter_mut().zip(known) {
             *to = *from;
         }
     }
@@ -153,14 +283,35 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
-        self.worker = Some(Worker::start("net", self.service(activation)?)?);
+        let interrupt = Arc::clone(&activation.config_interrupt);
+        let pairs = self.queue_pairs(activation)?;
+        self.link.driver_up(pairs.len(), interrupt);
+        for pair in pairs {
+            match Worker::start("net", pair) {
+                Ok(worker) => self.workers.push(worker),
+                Err(error) => {
+                    self.reset();
+                    return Err(error);
+                }
+            }
+        }
         Ok(())
     }
 
     fn reset(&mut self) {
-        self.worker = None;
+        self.workers.clear();
+        self.link.driver_down();
+        let counters = &self.link.counters;
+        let [malformed, unsent, unwanted, useless] = [
+            &counters.malformed,
+            &counters.unsent,
+            &counters.unwanted,
+            &counters.useless,
+        ]
+        .map(|counter| counter.load(Ordering::Relaxed));
+        log::debug!(
+            "a network interface has dropped {malformed} malformed packets of its driver's and {unsent} others, \
+             {unwanted} for it that it could not take, and {useless} useless buffers"
+        );
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,56 +1,56 @@
-//! Packets from the tap into the driver's buffers.
+//! Packets to the guest: from the tap into the driver's buffers (Virtio 1.2, section 5.1.6.4).
 //!
 //! A packet is read into a buffer here, and copied. Only then is it known how many of the driver's buffers it
 //! takes: reading into them at once would need room for the longest packet to receive the shortest, which a
 //! driver with few or small buffers may never have, and one that comes when there is none would be lost.
 
 use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Instant;
 
-use virtio_queue::{QueueOwnedT, QueueT};
+use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
 
-use super::header::{F_MRG_RXBUF, HEADER_SIZE, Header, LEAST_FRAME, MOST_BYTES};
-use super::tap::{self, Backend};
-use super::used::{Told, Used, give_back};
+use super::counters::{Counters, count};
+use super::header::{self, ETHERNET, LONGEST_FRAME};
+use super::limits::Limiter;
+use super::ring::{Ring, Used};
+use super::{PACKETS, features};
 use crate::virtio::buffers::{Buffers, Span};
-use crate::virtio::device::ActiveQueue;
 
-/// Packets moved before others have their turn.
-const MOST_PACKETS: usize = 128;
+/// Packets in one go.
+const BUDGET: usize = 64;
+/// Bytes of the longest packet with its header.
+const LONGEST: usize = header::SIZE + LONGEST_FRAME;
 
-/// What to wait for.
+/// What there is to wait for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Next {
-    /// Packets.
-    Packet,
-    /// The driver's buffers: a packet is here.
+pub enum Pause {
+    /// The tap has packets again; or still.
+    Tap,
+    /// The driver posts buffers: a packet is here.
     Buffers,
-    /// Nothing: the tap is gone.
-    Gone,
+    /// The limits let packets through.
+    Until(Instant),
+    /// Nothing: the tap is of no more use.
+    Broken,
 }
 
-/// How the delivery of a packet went.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Delivery {
-    /// It is the driver's, or was dropped.
-    Done,
-    /// There are too few buffers yet.
-    NoRoom,
-}
-
-/// The queue of packets to the guest.
+/// The queue to the guest.
 #[derive(Debug)]
-pub(super) struct Receive {
-    queue: ActiveQueue,
-    features: u64,
+pub struct Receive {
+    pub ring: Ring,
+    pub limiter: Limiter,
+    negotiated: u64,
     /// The packet under way, with one byte more to tell one that is too long.
     packet: Box<[u8]>,
     /// Its bytes; 0 when there is none.
     length: usize,
-    told: Told,
+    counters: Arc<Counters>,
 }
 
-/// A buffer of the driver's.
+/// One of the driver's buffers.
 #[derive(Debug)]
 struct Place<'m> {
     head: u16,
@@ -67,97 +67,89 @@ struct Places<'m> {
 }
 
 impl Receive {
-    pub(super) fn new(queue: ActiveQueue, features: u64) -> Self {
+    pub fn new(ring: Ring, limiter: Limiter, negotiated: u64, counters: Arc<Counters>) -> Self {
         Self {
-            told: Told::new(&queue.queue),
-            queue,
-            features,
-            packet: vec![0; MOST_BYTES + 1].into(),
+            ring,
+            limiter,
+            negotiated,
+            packet: vec![0; LONGEST + 1].into(),
             length: 0,
+            counters,
         }
     }
 
-    pub(super) fn queue(&self) -> &ActiveQueue {
-        &self.queue
-    }
-
-    /// Moves packets, up to a bound, and tells the driver.
+    /// Moves packets until there is something to wait for, or enough was moved, and tells the driver.
     ///
     /// # Errors
-    /// When the queue is broken.
-    pub(super) fn run(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        tap: Option<&dyn Backend>,
-    ) -> io::Result<Next> {
-        let next = self.move_packets(memory, tap)?;
-        if self.told.is_news(&self.queue.queue, memory)? {
-            self.queue.interrupt.signal()?;
-        }
-        Ok(next)
+    /// When the queue is broken: nothing more can be made of it until the driver resets the device.
+    pub fn run(&mut self, memory: &GuestMemoryMmap, tap: BorrowedFd<'_>) -> io::Result<Pause> {
+        let pause = self.move_packets(memory, tap)?;
+        self.ring.tell_driver(memory)?;
+        Ok(pause)
     }
 
-    fn move_packets(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        tap: Option<&dyn Backend>,
-    ) -> io::Result<Next> {
-        for _ in 0..MOST_PACKETS {
+    fn move_packets(&mut self, memory: &GuestMemoryMmap, tap: BorrowedFd<'_>) -> io::Result<Pause> {
+        for _ in 0..BUDGET {
             if self.length == 0 {
-                let Some(tap) = tap else {
-                    return Ok(Next::Packet);
-                };
-                match tap::receive(tap.as_fd(), &mut self.packet) {
-                    Ok(Some(length)) => self.length = length,
-                    Ok(None) => return Ok(Next::Packet),
+                if let Some(due) = self.limiter.pause() {
+                    return Ok(Pause::Until(due));
+                }
+                match super::tap::receive(tap, &mut self.packet) {
+                    // No packet is empty.
+                    Ok(0) => return Ok(Pause::Broken),
+                    Ok(length) => self.length = length,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        return Ok(Pause::Tap);
+                    }
                     Err(error) => {
-                        log::warn!("net: the tap gives no more packets: {error}");
-                        return Ok(Next::Gone);
+                        log::debug!("reading from a tap: {error}");
+                        return Ok(Pause::Broken);
                     }
                 }
             }
-            if self.deliver(memory)? == Delivery::NoRoom {
-                return Ok(Next::Buffers);
+            if !self.deliver(memory)? {
+                return Ok(Pause::Buffers);
             }
             self.length = 0;
         }
-        Ok(Next::Packet)
+        Ok(Pause::Tap)
     }
 
-    /// Copies the packet to as many buffers as it takes.
-    fn deliver(&mut self, memory: &GuestMemoryMmap) -> io::Result<Delivery> {
-        let packet = self.packet.get(..self.length).unwrap_or_default();
-        let Some((header, frame)) = packet.split_first_chunk::<HEADER_SIZE>() else {
-            return Ok(Delivery::Done);
+    /// Copies the packet to as many buffers as it takes. False if there are too few of them yet; true if it is the
+    /// driver's, or will never be.
+    fn deliver(&mut self, memory: &GuestMemoryMmap) -> io::Result<bool> {
+        let packet = self.packet.get_mut(..self.length).unwrap_or_default();
+        let length = packet.len();
+        let header = packet
+            .split_first_chunk_mut()
+            .filter(|(_, frame)| (ETHERNET..=LONGEST_FRAME).contains(&frame.len()))
+            .and_then(|(header, _)| header::make_known(header, self.negotiated).then_some(header));
+        let Some(header) = header else {
+            count(&self.counters.unwanted);
+            return Ok(true);
         };
-        if packet.len() > MOST_BYTES || frame.len() < LEAST_FRAME {
-            return Ok(Delivery::Done);
-        }
-        let header = Header::from_bytes(*header);
-        if header.received(1, self.features).is_none() {
-            return Ok(Delivery::Done);
-        }
-        let merged = self.features & F_MRG_RXBUF != 0;
-        let most = if merged { self.queue.queue.size() } else { 1 };
-        let places = take_places(&mut self.queue, memory, packet.len(), most)?;
-        let enough = places.room >= packet.len();
-        if !enough {
+        let most = if self.negotiated & features::MRG_RXBUF != 0 {
+            self.ring.queue.size()
+        } else {
+            1
+        };
+        let places = take_places(&mut self.ring, memory, length, most)?;
+        if places.room < length {
             return self.postpone(memory, &places, most);
         }
-        let count = u16::try_from(places.good.len()).map_err(io::Error::other)?;
-        let Some(header) = header.received(count, self.features) else {
-            return Ok(Delivery::Done);
-        };
-        self.packet[..HEADER_SIZE].copy_from_slice(&header.to_bytes());
+        let buffers = u16::try_from(places.good.len()).map_err(io::Error::other)?;
+        header::set_buffers(header, buffers);
         let mut used = empty(&places.bad);
-        let mut rest = &self.packet[..self.length];
-        for Place { head, room } in places.good {
+        let mut rest = &*packet;
+        for Place { head, room } in &places.good {
             let written = room.copy_from(rest);
             rest = &rest[written..];
-            used.push((head, u32::try_from(written).map_err(io::Error::other)?));
+            used.push((*head, written));
         }
-        give_back(&mut self.queue.queue, memory, &used)?;
-        Ok(Delivery::Done)
+        self.bad_buffers(&places);
+        self.ring.give_back(memory, &used)?;
+        self.limiter.charge(length - header::SIZE);
+        Ok(true)
     }
 
     /// Leaves buffers that don't suffice to the next time, or the packet if there is nothing more to hope for.
@@ -166,19 +158,24 @@ impl Receive {
         memory: &GuestMemoryMmap,
         places: &Places<'_>,
         most: u16,
-    ) -> io::Result<Delivery> {
+    ) -> io::Result<bool> {
         if places.good.is_empty() {
-            give_back(&mut self.queue.queue, memory, &empty(&places.bad))?;
-            return Ok(Delivery::NoRoom);
+            self.bad_buffers(places);
+            self.ring.give_back(memory, &empty(&places.bad))?;
+            return Ok(false);
         }
-        for _ in 0..places.good.len() + places.bad.len() {
-            self.queue.queue.go_to_previous_position();
-        }
+        self.ring.put_back(places.good.len() + places.bad.len());
         // As many buffers as the packet may have are too small for it, and so is all that can come.
-        if places.good.len() >= usize::from(most) {
-            Ok(Delivery::Done)
-        } else {
-            Ok(Delivery::NoRoom)
+        let hopeless = places.good.len() >= usize::from(most);
+        if hopeless {
+            count(&self.counters.unwanted);
+        }
+        Ok(hopeless)
+    }
+
+    fn bad_buffers(&self, places: &Places<'_>) {
+        for _ in &places.bad {
+            count(&self.counters.useless);
         }
     }
 }
@@ -190,34 +187,24 @@ fn empty(heads: &[u16]) -> Vec<Used> {
 
 /// Takes up to `most` buffers for `length` bytes. If they are too few, the driver notifies of its next one.
 fn take_places<'m>(
-    active: &mut ActiveQueue,
+    ring: &mut Ring,
     memory: &'m GuestMemoryMmap,
     length: usize,
     most: u16,
 ) -> io::Result<Places<'m>> {
-    let queue = &mut active.queue;
-    let descriptors = usize::from(queue.max_size());
+    let size = usize::from(ring.queue.size());
     let mut places = Places::default();
-    // No more than a queue's worth, and for each a second look: it may have come between the first and the
-    // driver's being told to notify.
-    let mut looks = 2 * usize::from(queue.size());
-    while places.room < length && places.good.len() < usize::from(most) && looks > 0 {
-        looks -= 1;
-        let Some(chain) = queue.iter(memory).map_err(io::Error::other)?.next() else {
-            // Before anything is put back, so that it is the next one which the driver notifies of.
-            if queue
-                .enable_notification(memory)
-                .map_err(io::Error::other)?
-            {
-                continue;
-            }
+    while places.room < length && places.good.len() < usize::from(most) && places.bad.len() < size {
+        // What is put back later is put back after this has looked, so that it is the next one of which the driver
+        // notifies.
+        let Some(chain) = ring.next(memory)? else {
             break;
         };
         let head = chain.head_index();
-        match Buffers::resolve(memory, chain, descriptors) {
+        match Buffers::resolve(memory, chain, PACKETS.into()) {
             // Each buffer has room for a header at least (section 5.1.6.3.1).
             Ok(Buffers { readable, writable })
-                if readable.is_empty() && writable.len() >= HEADER_SIZE =>
+                if readable.is_empty() && writable.len() >= header::SIZE =>
             {
                 places.room = places.room.saturating_add(writable.len());
                 places.good.push(Place {

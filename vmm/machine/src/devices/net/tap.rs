@@ -1,122 +1,119 @@
-//! The host's end of an interface: a tap, that is, packets each with a header by `read` and `write`.
+//! A queue of the host's tap, and moving packets between it and guest memory.
 
 use std::fmt::Debug;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
-use super::header::{F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, HEADER_SIZE};
+use super::header;
 use crate::virtio::buffers::Span;
 
-/// `TUN_F_CSUM`, `TUN_F_TSO4`, `TUN_F_TSO6`.
-const OFFLOAD_CSUM: libc::c_ulong = 1;
-const OFFLOAD_TSO4: libc::c_ulong = 2;
-const OFFLOAD_TSO6: libc::c_ulong = 4;
+/// Flags of `TUNSETQUEUE` (linux/if_tun.h).
+const IFF_ATTACH_QUEUE: libc::c_short = 0x0200;
+const IFF_DETACH_QUEUE: libc::c_short = 0x0400;
 
-/// Where packets come from and go to: a descriptor that never blocks, with one packet and its header a call.
-pub(super) trait Backend: AsFd + Debug + Send + Sync {
-    /// Makes it pass packets as a driver with these features takes them.
-    fn configure(&self, features: u64) -> io::Result<()>;
-}
-
-/// A tap, opened with `IFF_NO_PI` and `IFF_VNET_HDR`.
-#[derive(Debug)]
-pub(super) struct Tap(OwnedFd);
-
-impl Tap {
+/// What a queue pair needs of a tap, besides that each packet is one read or write, with its header before it.
+pub trait Tap: AsFd + Debug + Send + Sync {
+    /// Says what packets may leave undone (`TUN_F_*`).
+    ///
     /// # Errors
-    /// When it can't be made nonblocking.
-    pub(super) fn new(tap: OwnedFd) -> io::Result<Self> {
-        let flags = rustix::fs::fcntl_getfl(&tap)?;
-        rustix::fs::fcntl_setfl(&tap, flags | rustix::fs::OFlags::NONBLOCK)?;
-        Ok(Self(tap))
+    /// When the tap can't do that.
+    fn set_offload(&self, flags: u32) -> io::Result<()>;
+
+    /// Takes this queue of several into use, or out of it: it gets no packets then.
+    ///
+    /// # Errors
+    /// When the kernel refuses, as for a tap that has but one queue.
+    fn set_attached(&self, attached: bool) -> io::Result<()>;
+}
+
+/// A tap of the kernel's.
+#[derive(Debug)]
+pub struct KernelTap {
+    file: File,
+    attached: AtomicBool,
+}
+
+impl KernelTap {
+    /// Takes over a descriptor of a tap, and makes it what the functions here expect.
+    ///
+    /// # Errors
+    /// When it is something else.
+    pub fn new(descriptor: OwnedFd) -> io::Result<Self> {
+        rustix::io::ioctl_fionbio(&descriptor, true)?;
+        let tap = Self {
+            file: descriptor.into(),
+            attached: AtomicBool::new(true),
+        };
+        let size: libc::c_int = 12;
+        tap.control(
+            libc::TUNSETVNETHDRSZ,
+            std::ptr::from_ref(&size) as libc::c_ulong,
+        )?;
+        Ok(tap)
+    }
+
+    fn control(&self, request: libc::Ioctl, argument: libc::c_ulong) -> io::Result<()> {
+        // SAFETY: each caller's argument is what its request takes, and outlives the call.
+        match unsafe { libc::ioctl(self.file.as_raw_fd(), request, argument) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
     }
 }
 
-impl AsFd for Tap {
+impl AsFd for KernelTap {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.file.as_fd()
     }
 }
 
-impl Backend for Tap {
-    fn configure(&self, features: u64) -> io::Result<()> {
-        let size = libc::c_int::try_from(HEADER_SIZE).map_err(io::Error::other)?;
-        // SAFETY: the kernel reads one `int`, which outlives the call.
-        let done =
-            unsafe { libc::ioctl(self.0.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) };
-        if done < 0 {
-            return Err(io::Error::last_os_error());
+impl Tap for KernelTap {
+    fn set_offload(&self, flags: u32) -> io::Result<()> {
+        self.control(libc::TUNSETOFFLOAD, flags.into())
+    }
+
+    fn set_attached(&self, attached: bool) -> io::Result<()> {
+        if self.attached.load(Ordering::Relaxed) == attached {
+            return Ok(());
         }
-        // SAFETY: the argument is a number.
-        let done =
-            unsafe { libc::ioctl(self.0.as_raw_fd(), libc::TUNSETOFFLOAD, offloads(features)) };
-        if done < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        // SAFETY: all zeroes is an `ifreq`.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        request.ifr_ifru.ifru_flags = if attached {
+            IFF_ATTACH_QUEUE
+        } else {
+            IFF_DETACH_QUEUE
+        };
+        self.control(
+            libc::TUNSETQUEUE,
+            std::ptr::from_ref(&request) as libc::c_ulong,
+        )?;
+        self.attached.store(attached, Ordering::Relaxed);
         Ok(())
     }
 }
 
-/// What the kernel may leave undone in packets for the driver. Segmentation implies checksums (section 5.1.3.1).
-fn offloads(features: u64) -> libc::c_ulong {
-    if features & F_GUEST_CSUM == 0 {
-        return 0;
-    }
-    let mut offloads = OFFLOAD_CSUM;
-    if features & F_GUEST_TSO4 != 0 {
-        offloads |= OFFLOAD_TSO4;
-    }
-    if features & F_GUEST_TSO6 != 0 {
-        offloads |= OFFLOAD_TSO6;
-    }
-    offloads
-}
-
-/// Reads the next packet with its header, and returns how long it is; what doesn't fit is lost.
-/// `None` if there is none now.
-///
-/// # Errors
-/// When there will never be one again.
-pub(super) fn receive(from: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<Option<usize>> {
-    loop {
-        match rustix::io::read(from, &mut *into) {
-            // No packet is empty.
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(count) => return Ok(Some(count)),
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-/// Writes one packet from guest memory.
-///
-/// # Errors
-/// When it is not taken, now or ever.
-pub(super) fn send(
-    to: BorrowedFd<'_>,
-    header: &[u8; HEADER_SIZE],
-    frame: &Span<'_>,
-) -> io::Result<()> {
+/// Sends a frame, straight from guest memory.
+pub fn send(tap: BorrowedFd<'_>, header: &[u8; header::SIZE], frame: &Span<'_>) -> io::Result<()> {
+    // The guards keep the pointers good until the end of this function.
     let guards: Vec<_> = frame.pieces().map(VolatileSlice::ptr_guard).collect();
-    let head = libc::iovec {
+    let mut vectors = Vec::with_capacity(guards.len() + 1);
+    vectors.push(libc::iovec {
         iov_base: header.as_ptr().cast_mut().cast(),
-        iov_len: HEADER_SIZE,
-    };
-    let pieces = guards.iter().map(|guard| libc::iovec {
+        iov_len: header.len(),
+    });
+    vectors.extend(guards.iter().map(|guard| libc::iovec {
         iov_base: guard.as_ptr().cast_mut().cast(),
         iov_len: guard.len(),
-    });
-    let vectors: Vec<libc::iovec> = std::iter::once(head).chain(pieces).collect();
-    let count = libc::c_int::try_from(vectors.len()).map_err(io::Error::other)?;
+    }));
+    let count = i32::try_from(vectors.len()).map_err(io::Error::other)?;
     loop {
-        // SAFETY: `writev` only reads what the vectors name: the header, and guest memory that `guards` hold,
-        // which the guest may be writing to; what it makes of its packet then is its own business.
-        let sent = unsafe { libc::writev(to.as_raw_fd(), vectors.as_ptr(), count) };
+        // SAFETY: the vectors name the header and guest memory that `guards` hold; nothing is written to either.
+        // The guest may change its memory meanwhile; nothing here holds a reference to it.
+        let sent = unsafe { libc::writev(tap.as_raw_fd(), vectors.as_ptr(), count) };
         if sent >= 0 {
             return Ok(());
         }
@@ -127,18 +124,12 @@ pub(super) fn send(
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_kernel_leaves_undone_only_what_the_driver_does() {
-        let tso = F_GUEST_TSO4 | F_GUEST_TSO6;
-
-        assert_eq!(offloads(0), 0);
-        assert_eq!(offloads(tso), 0);
-        assert_eq!(offloads(F_GUEST_CSUM), OFFLOAD_CSUM);
-        assert_eq!(offloads(F_GUEST_CSUM | F_GUEST_TSO4), 3);
-        assert_eq!(offloads(F_GUEST_CSUM | tso), 7);
+/// Receives a packet, header and all, and returns its length; what doesn't fit is lost.
+pub fn receive(tap: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match rustix::io::read(tap, &mut *into) {
+            Err(rustix::io::Errno::INTR) => {}
+            result => return Ok(result?),
+        }
     }
 }

@@ -1,67 +1,124 @@
-//! Packets from the driver's buffers into the tap, with no copy in between.
+//! Packets of the guest: checked, and sent straight from its buffers (Virtio 1.2, section 5.1.6.2).
 
 use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::time::Instant;
 
-use virtio_queue::QueueT;
+use virtio_queue::DescriptorChain;
 use vm_memory::GuestMemoryMmap;
 
-use super::header::{HEADER_SIZE, Header, MOST_BYTES};
-use super::tap::{self, Backend};
-use crate::virtio::buffers::{Buffers, ChainError, Span};
-use crate::virtio::device::ActiveQueue;
+use super::PACKETS;
+use super::counters::{Counters, count};
+use super::header;
+use super::limits::Limiter;
+use super::ring::{Ring, Used};
+use crate::virtio::buffers::{Buffers, Span};
 
-/// The queue of packets from the guest.
+/// Packets in one go.
+const BUDGET: usize = 64;
+/// What there is to wait for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pause {
+    /// The driver has packets; or still has.
+    Driver,
+    /// The tap takes packets again.
+    Tap,
+    /// The limits let packets through.
+    Until(Instant),
+}
+
+/// The queue from the guest.
 #[derive(Debug)]
-pub(super) struct Transmit {
-    queue: ActiveQueue,
-    features: u64,
+pub struct Transmit {
+    pub ring: Ring,
+    pub limiter: Limiter,
+    negotiated: u64,
+    counters: Arc<Counters>,
 }
 
 impl Transmit {
-    pub(super) fn new(queue: ActiveQueue, features: u64) -> Self {
-        Self { queue, features }
+    pub fn new(ring: Ring, limiter: Limiter, negotiated: u64, counters: Arc<Counters>) -> Self {
+        Self {
+            ring,
+            limiter,
+            negotiated,
+            counters,
+        }
     }
 
-    pub(super) fn queue(&self) -> &ActiveQueue {
-        &self.queue
-    }
-
-    /// Sends what the driver has queued, up to a queue's worth. Without a tap, and when the tap has no room,
-    /// packets are lost, as on any wire.
+    /// Sends packets until there is something to wait for, or enough were sent: the queue's own kick is
+    /// written then. Without a tap they go nowhere, as on a cable that is not plugged in.
     ///
     /// # Errors
-    /// When the queue is broken.
-    pub(super) fn run(
+    /// When the queue is broken: nothing more can be made of it until the driver resets the device.
+    pub fn run(
         &mut self,
         memory: &GuestMemoryMmap,
-        tap: Option<&dyn Backend>,
-    ) -> io::Result<()> {
-        let features = self.features;
-        // A chain is never longer than its queue, indirect or not (Virtio 1.2, section 2.7.5.3.1).
-        let most = usize::from(self.queue.queue.max_size());
-        self.queue.serve(memory, most, |packet| {
-            if let (Some(tap), Some((header, frame))) = (tap, check(packet, features)) {
-                // One that is not taken is lost, too: the tap's interface may be down.
-                let _ = tap::send(tap.as_fd(), &header, &frame);
-            }
-            0
-        })
+        tap: Option<BorrowedFd<'_>>,
+    ) -> io::Result<Pause> {
+        let mut used = Vec::new();
+        let pause = self.send(memory, tap, &mut used)?;
+        self.ring.give_back(memory, &used)?;
+        self.ring.tell_driver(memory)?;
+        Ok(pause)
     }
-}
 
-/// The packet to send, if it is one. Its header is a copy, which the driver can't change any more.
-fn check(
-    packet: Result<Buffers<'_>, ChainError>,
-    features: u64,
-) -> Option<([u8; HEADER_SIZE], Span<'_>)> {
-    let Buffers {
-        readable: mut frame,
-        writable,
-    } = packet.ok()?;
-    if !writable.is_empty() || frame.len() > MOST_BYTES {
-        return None;
+    fn send(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        tap: Option<BorrowedFd<'_>>,
+        used: &mut Vec<Used>,
+    ) -> io::Result<Pause> {
+        for _ in 0..BUDGET {
+            if tap.is_some()
+                && let Some(due) = self.limiter.pause()
+            {
+                return Ok(Pause::Until(due));
+            }
+            let Some(chain) = self.ring.next(memory)? else {
+                return Ok(Pause::Driver);
+            };
+            let head = chain.head_index();
+            match (self.packet(memory, chain), tap) {
+                (None, _) => count(&self.counters.malformed),
+                (Some(_), None) => count(&self.counters.unsent),
+                (Some((header, frame)), Some(tap)) => {
+                    match super::tap::send(tap, &header, &frame) {
+                        Ok(()) => self.limiter.charge(frame.len()),
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                            self.ring.put_back(1);
+                            return Ok(Pause::Tap);
+                        }
+                        // The kernel has its own ideas of packets, and a tap that is down takes none.
+                        Err(_) => count(&self.counters.unsent),
+                    }
+                }
+            }
+            used.push((head, 0));
+        }
+        self.ring.kick.write(1)?;
+        Ok(Pause::Driver)
     }
-    let header = Header::from_bytes(frame.take_array()?);
-    let header = header.sent(frame.len(), features)?;
-    Some((header.to_bytes(), frame))
+
+    /// A packet's header for the host's kernel, and its frame; if it is one.
+    fn packet<'m>(
+        &self,
+        memory: &'m GuestMemoryMmap,
+        chain: DescriptorChain<&'m GuestMemoryMmap>,
+    ) -> Option<([u8; header::SIZE], Span<'m>)> {
+        let Buffers {
+            mut readable,
+            writable,
+        } = Buffers::resolve(memory, chain, PACKETS.into()).ok()?;
+        if !writable.is_empty() {
+            return None;
+        }
+        // A copy, so that what is checked is what is sent.
+        let header = readable.take_array()?;
+        let header = header::check(header, readable.len(), self.negotiated)
+            .inspect_err(|error| log::debug!("a packet of the guest's is dropped: {error}"))
+            .ok()?;
+        Some((header, readable))
+    }
 }

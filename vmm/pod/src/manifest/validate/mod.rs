@@ -8,7 +8,7 @@ mod volume;
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 
-use k8s_openapi::api::core::v1::{Pod, PodSpec};
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Volume};
 
 use super::names::{self, Form};
 use super::problem::{FieldPath, Problems};
@@ -108,6 +108,26 @@ fn check_spec(spec: &PodSpec, path: &FieldPath, problems: &mut Problems) {
                 );
             }
             container::check(container, &volumes, &mut ports, &at, problems);
+        }
+    }
+}
+
+/// Checks a container that joins a pod with these volumes while it runs.
+pub fn joining_container(
+    joining: &Container,
+    volumes: &[Volume],
+    path: &FieldPath,
+    problems: &mut Problems,
+) {
+    form(problems, path.field("name"), &joining.name, names::LABEL);
+    let volumes = volumes.iter().map(|v| (v.name.as_str(), ())).collect();
+    container::check(joining, &volumes, &mut BTreeSet::new(), path, problems);
+    for (index, port) in joining.ports.iter().flatten().enumerate() {
+        if port.host_port.unwrap_or(0) != 0 {
+            problems.add(
+                path.field("ports").index(index).field("hostPort"),
+                "the ports of a pod that runs can't be published any more",
+            );
         }
     }
 }

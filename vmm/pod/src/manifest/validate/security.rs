@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::str::FromStr;
 
 use k8s_openapi::api::core::v1::{
-    Capabilities, PodSecurityContext, SeccompProfile, SecurityContext,
+    Capabilities, PodSecurityContext, SeccompProfile, SecurityContext, Sysctl,
 };
 use oci_spec::runtime::Capability;
 
@@ -14,15 +14,14 @@ use super::{one_of, within};
 /// User and group ids, as Kubernetes bounds them.
 const IDS: std::ops::RangeInclusive<i64> = 0..=i32::MAX as i64;
 
-/// Sysctls that belong to the pod's own namespaces: all others would change the
-/// guest for its containers and its agent alike.
-const SYSCTL_PREFIXES: &[&str] = &[
-    "kernel.shm",
-    "kernel.msg",
-    "kernel.sem",
-    "fs.mqueue.",
-    "net.",
-];
+/// Sysctls that belong to the pod's own namespaces. The guest's kernel is the pod's alone, but all
+/// others would change it for the agent, too, which has to go on when the containers misbehave.
+const SYSCTL_PREFIXES: &[&str] = &["kernel.shm", "kernel.msg", "fs.mqueue.", "net."];
+const SYSCTL_NAMES: &[&str] = &["kernel.sem"];
+/// What the agent takes of them.
+const MAX_SYSCTLS: usize = 256;
+const MAX_SYSCTL_NAME: usize = 256;
+const MAX_SYSCTL_VALUE: usize = 1024;
 
 pub fn pod(context: &PodSecurityContext, path: &FieldPath, problems: &mut Problems) {
     within(problems, path.field("runAsUser"), context.run_as_user, IDS);
@@ -43,31 +42,50 @@ pub fn pod(context: &PodSecurityContext, path: &FieldPath, problems: &mut Proble
     }
     seccomp(context.seccomp_profile.as_ref(), path, problems);
     non_root(context.run_as_non_root, context.run_as_user, path, problems);
+    sysctls(
+        context.sysctls.as_deref().unwrap_or_default(),
+        &path.field("sysctls"),
+        problems,
+    );
+}
+
+fn sysctls(sysctls: &[Sysctl], path: &FieldPath, problems: &mut Problems) {
+    if sysctls.len() > MAX_SYSCTLS {
+        problems.add(path.clone(), format!("must be at most {MAX_SYSCTLS}"));
+    }
     let mut names = BTreeSet::new();
-    for (index, sysctl) in context.sysctls.iter().flatten().enumerate() {
-        let at = path.field("sysctls").index(index).field("name");
+    for (index, sysctl) in sysctls.iter().enumerate() {
+        let at = path.index(index).field("name");
         let plain = sysctl.name.replace('/', ".");
-        let clean = plain.split('.').all(|part| {
-            !part.is_empty()
-                && part
-                    .bytes()
-                    .all(|c| c.is_ascii_alphanumeric() || c == b'_' || c == b'-')
-        });
+        let clean = plain.len() <= MAX_SYSCTL_NAME
+            && plain.split('.').all(|part| {
+                !part.is_empty()
+                    && part
+                        .bytes()
+                        .all(|c| c.is_ascii_alphanumeric() || c == b'_' || c == b'-')
+            });
+        let of_the_pod = SYSCTL_NAMES.contains(&plain.as_str())
+            || SYSCTL_PREFIXES
+                .iter()
+                .any(|prefix| plain.starts_with(prefix));
         if !clean {
             problems.add(
                 at,
                 "must be a name of letters, digits, '_' and '-', in parts joined by '.'",
             );
-        } else if !SYSCTL_PREFIXES
-            .iter()
-            .any(|prefix| plain.starts_with(prefix))
-        {
+        } else if !of_the_pod {
             problems.add(
                 at,
                 "belongs to no namespace of the pod; only kernel.shm*, kernel.msg*, kernel.sem, fs.mqueue.* and net.* do",
             );
         } else if !names.insert(plain) {
             problems.add(at, "is set twice");
+        }
+        if sysctl.value.len() > MAX_SYSCTL_VALUE {
+            problems.add(
+                path.index(index).field("value"),
+                format!("must be at most {MAX_SYSCTL_VALUE} bytes"),
+            );
         }
     }
 }

@@ -1,0 +1,157 @@
+//! A machine before it is one.
+
+use std::os::fd::OwnedFd;
+
+use crate::config::{
+    BlockConfig, CachePolicy, ConsoleConfig, FdIndex, MachineConfig, NetConfig, NetLimits,
+    ShareConfig, TapConfig, TapDescriptors, VsockConfig,
+};
+
+/// A machine as the supervisor describes it, with the descriptors it hands over.
+#[derive(Debug)]
+pub struct MachineSpec {
+    pub(super) config: MachineConfig,
+    pub(super) descriptors: Vec<OwnedFd>,
+}
+
+impl MachineSpec {
+    /// One processor and 256 MiB of memory, a kernel, and a pipe for the guest's console.
+    pub fn new(
+        kvm: impl Into<OwnedFd>,
+        kernel: impl Into<OwnedFd>,
+        console: impl Into<OwnedFd>,
+    ) -> Self {
+        Self {
+            config: MachineConfig {
+                vcpus: 1,
+                memory_mib: 256,
+                kvm: FdIndex(0),
+                kernel: FdIndex(1),
+                initramfs: None,
+                cmdline: String::new(),
+                console: ConsoleConfig { output: FdIndex(2) },
+                shares: Vec::new(),
+                blocks: Vec::new(),
+                vsock: None,
+                nets: Vec::new(),
+            },
+            descriptors: vec![kvm.into(), kernel.into(), console.into()],
+        }
+    }
+
+    #[must_use]
+    pub fn vcpus(mut self, vcpus: u8) -> Self {
+        self.config.vcpus = vcpus;
+        self
+    }
+
+    #[must_use]
+    pub fn memory_mib(mut self, memory_mib: u64) -> Self {
+        self.config.memory_mib = memory_mib;
+        self
+    }
+
+    #[must_use]
+    pub fn initramfs(mut self, initramfs: impl Into<OwnedFd>) -> Self {
+        self.config.initramfs = Some(self.attach(initramfs.into()));
+        self
+    }
+
+    #[must_use]
+    pub fn cmdline(mut self, cmdline: impl Into<String>) -> Self {
+        self.config.cmdline = cmdline.into();
+        self
+    }
+
+    /// Adds a directory tree. Mounts that the supervisor makes under `root` after
+    /// [`Machine::launch`] reach the guest if `root` lies on a shared mount; those
+    /// made while it runs may not.
+    #[must_use]
+    pub fn share(
+        mut self,
+        tag: impl Into<String>,
+        root: impl Into<OwnedFd>,
+        read_only: bool,
+        cache: CachePolicy,
+    ) -> Self {
+        let root = self.attach(root.into());
+        self.config.shares.push(ShareConfig {
+            tag: tag.into(),
+            root,
+            read_only,
+            cache,
+        });
+        self
+    }
+
+    #[must_use]
+    pub fn block(
+        mut self,
+        id: impl Into<String>,
+        disk: impl Into<OwnedFd>,
+        read_only: bool,
+    ) -> Self {
+        let disk = self.attach(disk.into());
+        self.config.blocks.push(BlockConfig {
+            id: id.into(),
+            disk,
+            read_only,
+        });
+        self
+    }
+
+    #[must_use]
+    pub fn vsock(mut self, cid: u32, guest_ports: Vec<u32>) -> Self {
+        self.config.vsock = Some(VsockConfig { cid, guest_ports });
+        self
+    }
+
+    /// Adds a network interface, after those that were added before. Without a tap its link is down until one is
+    /// plugged ([`super::Machine::plug_net`]).
+    #[must_use]
+    pub fn net(mut self, net: NetSpec, tap: Option<TapDescriptors>) -> Self {
+        let mut attach = |fds: Vec<OwnedFd>| fds.into_iter().map(|fd| self.attach(fd)).collect();
+        let tap = tap.map(|tap| TapConfig {
+            queues: attach(tap.queues),
+            vhost: attach(tap.vhost),
+        });
+        self.config.nets.push(NetConfig {
+            mac: net.mac,
+            mtu: net.mtu,
+            queue_pairs: net.queue_pairs,
+            tap,
+            limits: net.limits,
+        });
+        self
+    }
+
+    fn attach(&mut self, descriptor: OwnedFd) -> FdIndex {
+        // More than the channel takes (and so more than fits) is refused when it is sent.
+        let index = u16::try_from(self.descriptors.len()).unwrap_or(u16::MAX);
+        self.descriptors.push(descriptor);
+        FdIndex(index)
+    }
+}
+
+/// A network interface; see [`NetConfig`].
+#[derive(Debug, Clone, Copy)]
+pub struct NetSpec {
+    pub mac: [u8; 6],
+    /// 68 to 65535.
+    pub mtu: u16,
+    /// 1 to the number of processors, and at most [`crate::config::MAX_QUEUE_PAIRS`].
+    pub queue_pairs: u8,
+    pub limits: NetLimits,
+}
+
+/// A tap as a message has it that comes with no other descriptors, and these.
+pub(super) fn tap_alone(tap: TapDescriptors) -> (TapConfig, Vec<OwnedFd>) {
+    let TapDescriptors { mut queues, vhost } = tap;
+    let mut indices = (0..).map(FdIndex);
+    let config = TapConfig {
+        queues: indices.by_ref().take(queues.len()).collect(),
+        vhost: indices.take(vhost.len()).collect(),
+    };
+    queues.extend(vhost);
+    (config, queues)
+}
