@@ -1,8 +1,10 @@
 //! The `hull` command with directories of its own, so that tests don't meet.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use tempfile::TempDir;
 
@@ -10,9 +12,26 @@ use tempfile::TempDir;
 #[derive(Debug)]
 pub struct Hull {
     run: TempDir,
-    data: TempDir,
+    data: Data,
     work: TempDir,
     guest: Option<PathBuf>,
+}
+
+/// A data directory.
+#[derive(Debug)]
+enum Data {
+    /// Goes with its host.
+    Own(TempDir),
+    Shared(PathBuf),
+}
+
+impl Data {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Own(directory) => directory.path(),
+            Self::Shared(path) => path,
+        }
+    }
 }
 
 impl Hull {
@@ -28,17 +47,52 @@ impl Hull {
         hull
     }
 
+    /// With these images and no networks, in a data directory that all such hosts share: large images
+    /// are loaded once. One at a time; see [`crate::network::host_network`].
+    ///
+    /// # Panics
+    /// When an image can't be loaded.
+    #[must_use]
+    pub fn with_images(names: &[&str]) -> Self {
+        static LOADED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+        let shared = data_root().join("of-tests");
+        std::fs::create_dir_all(&shared).expect("the data directory is writable");
+        let hull = Self::with_data(Data::Shared(shared));
+        hull.remove_networks();
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        for name in names {
+            if !loaded.contains(*name) {
+                let _ = hull.ok(["load".as_ref(), image(name).as_os_str()]);
+                loaded.insert((*name).to_owned());
+            }
+        }
+        hull
+    }
+
     /// With an image store that has nothing.
     ///
     /// # Panics
     /// When the directories can't be made.
     #[must_use]
     pub fn without_images() -> Self {
+        let data = tempfile::tempdir_in(data_root()).expect("the data directory is writable");
+        Self::with_data(Data::Own(data))
+    }
+
+    fn with_data(data: Data) -> Self {
         Self {
             run: tempfile::tempdir_in("/run").expect("/run is writable"),
-            data: tempfile::tempdir_in(data_root()).expect("the data directory is writable"),
+            data,
             work: tempfile::tempdir().expect("a temporary directory"),
             guest: None,
+        }
+    }
+
+    fn remove_networks(&self) {
+        let networks = self.run(["network", "ls", "--quiet"]).stdout;
+        let networks = String::from_utf8_lossy(&networks);
+        for network in networks.lines() {
+            let _ = self.run(["network", "rm", network]);
         }
     }
 
@@ -131,6 +185,9 @@ impl Default for Hull {
 impl Drop for Hull {
     fn drop(&mut self) {
         let _ = self.run(["rm", "--force", "--all"]);
+        if matches!(self.data, Data::Shared(_)) {
+            self.remove_networks();
+        }
     }
 }
 

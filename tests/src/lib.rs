@@ -12,6 +12,7 @@
 
 pub mod host;
 pub mod hull;
+pub mod network;
 pub mod pod;
 pub mod series;
 

@@ -20,8 +20,22 @@ impl<'a> Pod<'a> {
     /// When the pod doesn't start.
     #[must_use]
     pub fn start(hull: &'a Hull, name: &str, manifest: &str) -> Self {
+        Self::start_with(hull, name, manifest, &[])
+    }
+
+    /// The same with more arguments.
+    ///
+    /// # Panics
+    /// When the pod doesn't start.
+    #[must_use]
+    pub fn start_with(hull: &'a Hull, name: &str, manifest: &str, args: &[&str]) -> Self {
         let path = hull.manifest(&format!("{name}.yaml"), manifest);
-        let output = hull.run([std::ffi::OsStr::new("run"), "-d".as_ref(), path.as_os_str()]);
+        let output = hull
+            .command(["run", "-d"])
+            .args(args)
+            .arg(path)
+            .output()
+            .expect("hull is on PATH");
         assert_success(&output, &format!("hull run -d {name}"));
         Self {
             hull,
@@ -62,6 +76,22 @@ impl<'a> Pod<'a> {
             .as_i64()
             .and_then(|pid| i32::try_from(pid).ok())
             .unwrap_or_else(|| panic!("{which} in {}", self.inspect()))
+    }
+
+    /// The pod's addresses, as `hull inspect` tells them.
+    ///
+    /// # Panics
+    /// When there is one that isn't.
+    #[must_use]
+    pub fn addresses(&self) -> Vec<std::net::IpAddr> {
+        let inspected = self.inspect();
+        let addresses = inspected["status"]["podIPs"]
+            .as_array()
+            .into_iter()
+            .flatten();
+        addresses
+            .map(|address| text(&address["ip"]).parse().expect("an address"))
+            .collect()
     }
 
     /// The status of one container.

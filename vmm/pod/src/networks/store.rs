@@ -463,8 +463,10 @@ fn given_subnets(creation: &Creation) -> Result<Vec<NetworkSubnet>, NetworkError
 }
 
 fn options(mtu: Option<u32>, ipv6: bool) -> Result<BTreeMap<String, String>, NetworkError> {
+    // netavark, left alone, lets pods of all networks reach each other through the host.
+    let mut options = BTreeMap::from([("isolate".to_owned(), "true".to_owned())]);
     let Some(mtu) = mtu else {
-        return Ok(BTreeMap::new());
+        return Ok(options);
     };
     let least = if ipv6 { MTU_IPV6_MIN } else { *MTU.start() };
     if !(least..=*MTU.end()).contains(&mtu) {
@@ -473,7 +475,8 @@ fn options(mtu: Option<u32>, ipv6: bool) -> Result<BTreeMap<String, String>, Net
             MTU.end()
         )));
     }
-    Ok(BTreeMap::from([("mtu".to_owned(), mtu.to_string())]))
+    options.insert("mtu".to_owned(), mtu.to_string());
+    Ok(options)
 }
 
 fn check_labels(

@@ -95,6 +95,7 @@ fn a_network_is_defined_shown_and_removed() {
     assert_eq!(network.subnets.len(), 2);
     assert_eq!(network.subnets[0].gateway.to_string(), "198.51.100.9");
     assert_eq!(network.options["mtu"], "1400");
+    assert_eq!(network.options["isolate"], "true", "from other networks");
     assert!(network.ipv6_enabled && network.internal && network.dns_enabled);
     assert!(!network.chosen_subnets);
     lab.networks.remove("web").unwrap();
