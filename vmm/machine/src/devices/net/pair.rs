@@ -166,6 +166,9 @@ impl Pair {
                 events.add(borrow(relay), token, Readiness::IN)?;
             }
         }
+        // Whatever the driver has announced before is the kernel's to look for.
+        self.receive.ring.kick.write(1)?;
+        self.transmit.ring.kick.write(1)?;
         self.served = Served::Kernel(running);
         self.set_timer(Instant::now() + GLANCE)
     }
@@ -309,6 +312,8 @@ impl Handler for Pair {
 
     fn ready(&mut self, events: &Events, token: u64, readiness: Readiness) -> io::Result<()> {
         match token {
+            // Taken from the epoll before the kernel served the queues, which waits for the kick now.
+            RECEIVE | TRANSMIT if matches!(self.served, Served::Kernel(_)) => return Ok(()),
             RECEIVE => {
                 drop(self.receive.ring.kick.read());
                 if self.receive_pause == receive::Pause::Buffers {
