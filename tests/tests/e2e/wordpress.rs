@@ -69,27 +69,40 @@ fn server(port: u16) -> SocketAddr {
 }
 
 /// Asks until the blog answers so. Each time costs a run of WordPress.
-fn page(port: u16, path: &str, what: &str, is_it: impl Fn(&Answer) -> bool) -> Answer {
+fn page(port: u16, path: &str, what: &str, is_it: impl Fn(&Answer) -> bool) {
     let mut last = None;
     eventually(
         &format!("port {port} answers {path} with {what}"),
         Duration::from_secs(12),
         || {
             let answer = get(server(port), path);
-            if let Ok(answer) = answer
-                && is_it(&answer)
-            {
-                return Some(answer);
+            if answer.as_ref().is_ok_and(&is_it) {
+                return Some(());
             }
-            let now = format!("{:?}", get(server(port), path));
-            if last.as_ref() != Some(&now) {
-                eprintln!("port {port}: {now:.600}");
-                last = Some(now);
+            let status = answer.map(|answer| answer.status);
+            let now = Some(format!("{status:?}"));
+            if now != last {
+                eprintln!("port {port}: {status:?}");
+                last = now;
             }
             std::thread::sleep(Duration::from_secs(1));
             None
         },
-    )
+    );
+}
+
+/// Waits for the database.
+fn serving(database: &Pod) {
+    let mut last = String::new();
+    eventually("the database serves", Duration::from_secs(30), || {
+        let logs = database.logs("mariadb");
+        let line = logs.lines().last().unwrap_or_default();
+        if line != last {
+            eprintln!("database: {line}");
+            last = line.to_owned();
+        }
+        logs.contains("ready for connections").then_some(())
+    });
 }
 
 fn write_post(port: u16, title: &str) {
@@ -140,8 +153,10 @@ fn a_blog_has_three_replicas_and_a_database_that_survives_its_pod() {
         .map(|(port, name)| Pod::start(&hull, name, &web(name, *port)))
         .collect();
 
+    serving(&first_database);
+
     // Installed over HTTP, through a published port.
-    let _ = page(PORTS[0], "/", "the way to its installation", |answer| {
+    page(PORTS[0], "/", "the way to its installation", |answer| {
         answer.status == 302 && answer.head.contains("/wp-admin/install.php")
     });
     let form = "weblog_title=Boats&user_name=admin&admin_password=correct-horse-9&admin_password2=correct-horse-9&pw_weak=on&admin_email=a%40example.org&blog_public=0";
@@ -165,15 +180,16 @@ fn a_blog_has_three_replicas_and_a_database_that_survives_its_pod() {
             && titles.iter().all(|title| answer.body.contains(title))
     };
     for port in PORTS {
-        let _ = page(port, "/", "every post", complete);
+        page(port, "/", "every post", complete);
     }
 
     // The database goes, with its address, and comes again.
     drop(first_database);
     let without = get(server(PORTS[0]), "/").unwrap();
     assert_eq!(without.status, 500, "{without:?}");
-    let _second_database = Pod::start(&hull, "database", &database(&data));
+    let second_database = Pod::start(&hull, "database", &database(&data));
+    serving(&second_database);
     for port in PORTS {
-        let _ = page(port, "/", "every post again", complete);
+        page(port, "/", "every post again", complete);
     }
 }
