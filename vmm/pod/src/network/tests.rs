@@ -548,8 +548,8 @@ fn an_address_that_comes_late_can_be_sent_from_then() {
     let mut wire = world.wire();
     let mut plug = world.plug().unwrap();
     let mut tap = Port::tap(&mut plug);
-    ip(&world.pod, "address add 10.0.0.9/24 dev eth0");
     ip(&world.pod, "address del 10.0.0.2/24 dev eth0");
+    ip(&world.pod, "address add 10.0.0.9/24 dev eth0");
 
     let observed = observe(&world.pod).unwrap();
     plug.guard_anew(&world.pod, &observed.interfaces[0])
