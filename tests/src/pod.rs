@@ -43,6 +43,15 @@ impl<'a> Pod<'a> {
         }
     }
 
+    /// One that runs already, to be removed as well.
+    #[must_use]
+    pub fn running(hull: &'a Hull, name: &str) -> Self {
+        Self {
+            hull,
+            name: name.into(),
+        }
+    }
+
     /// What `hull inspect` tells.
     #[must_use]
     pub fn inspect(&self) -> serde_json::Value {

@@ -11,6 +11,7 @@ mod failures;
 mod guests;
 mod images;
 mod isolation;
+mod late_network;
 mod leftovers;
 mod load;
 mod log_shipping;

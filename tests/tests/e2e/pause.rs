@@ -17,7 +17,7 @@ spec:
   containers:
   - name: echo
     image: busybox
-    command: [nc, -lk, -p, '7', -e, cat]
+    command: [nc, -ll, -p, '7', -e, cat]
   - name: count
     image: busybox
     command: [sh, -c, \"trap 'echo bye; exit' TERM; n=0; while :; do n=$((n+1)); echo $n; sleep 0.1; done\"]

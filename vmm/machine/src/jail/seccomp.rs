@@ -168,7 +168,6 @@ const VHOST_SET_MEM_TABLE: u32 = vhost_ioctl(1, 0x03, 8);
 const VHOST_SET_VRING_NUM: u32 = vhost_ioctl(1, 0x10, 8);
 const VHOST_SET_VRING_ADDR: u32 = vhost_ioctl(1, 0x11, 40);
 const VHOST_SET_VRING_BASE: u32 = vhost_ioctl(1, 0x12, 8);
-const VHOST_GET_VRING_BASE: u32 = vhost_ioctl(3, 0x12, 8);
 const VHOST_SET_VRING_KICK: u32 = vhost_ioctl(1, 0x20, 8);
 const VHOST_SET_VRING_CALL: u32 = vhost_ioctl(1, 0x21, 8);
 const VHOST_NET_SET_BACKEND: u32 = vhost_ioctl(1, 0x30, 8);
@@ -218,7 +217,6 @@ const DEVICE: &[Call] = &[
             VHOST_SET_VRING_NUM,
             VHOST_SET_VRING_ADDR,
             VHOST_SET_VRING_BASE,
-            VHOST_GET_VRING_BASE,
             VHOST_SET_VRING_KICK,
             VHOST_SET_VRING_CALL,
             VHOST_NET_SET_BACKEND,

@@ -78,6 +78,12 @@ echo ${device##*/} > /sys/bus/pci/drivers/virtio-pci/bind
 ip link set eth0 up
 ip addr add 10.0.0.2/24 dev eth0
 nc 10.0.0.1 7004 < /dev/null && echo 'rebound: connected'
+
+# The host removes the tap then, and brings another when it hears that this is seen.
+until [ "$(cat /sys/class/net/eth0/carrier)" = 0 ]; do sleep 1; done
+nc 10.1.0.1 7006 < /dev/null
+until [ "$(cat /sys/class/net/eth0/carrier)" = 1 ]; do sleep 1; done
+ping -c 3 10.0.0.1 > /dev/null && echo 'echo: answered by another tap'
 poweroff -f
 "#;
 
@@ -98,6 +104,9 @@ enum Server {
 /// A tap with an address, in the calling thread's network namespace.
 fn tap(name: &str, address: &str, server: Server) -> TapDescriptors {
     let queues = (0..PAIRS).map(|_| queue(name)).collect();
+    // The same for each with this IP address, which the guest may have in its cache of neighbours.
+    let mac = format!("02:00:00:00:01:{:02}", address.as_bytes()[3] - b'0');
+    ip(&["link", "set", name, "address", &mac]);
     ip(&["addr", "add", address, "dev", name]);
     ip(&["link", "set", name, "up"]);
     let vhost = match server {
@@ -233,6 +242,7 @@ fn talk(series: &str, server: Server) {
     let limited = send_limited();
     let flooded = flood();
     let rebound = once(7004, drop);
+    let lost = once(7006, drop);
     let (mut served, mut took) = (Vec::new(), Duration::ZERO);
 
     let (reason, said) = run_beside(spec, console, async |machine| {
@@ -247,6 +257,13 @@ fn talk(series: &str, server: Server) {
         assert_eq!(refusal(missing), Some(PlugRefused::NoInterface));
         took = joined(limited).await;
         served.push(kernel_threads(machine));
+
+        joined(rebound).await;
+        ip(&["link", "delete", "first"]);
+        joined(lost).await;
+        served.push(kernel_threads(machine));
+        let third = tap("third", "10.0.0.1/24", server);
+        machine.plug_net(0, third).await.unwrap();
     });
 
     assert_eq!(reason, ExitReason::PowerOff);
@@ -260,13 +277,13 @@ fn talk(series: &str, server: Server) {
         "eth0: 02:00:00:00:00:99 1500 1 4",
         "echo: answered with another address",
         "rebound: connected",
+        "echo: answered by another tap",
     ] {
         assert!(said.contains(line), "{line:?} is missing");
     }
     sends.join().unwrap();
     assert!(receives.join().unwrap() == pattern());
     flooded.join().unwrap();
-    rebound.join().unwrap();
     let seconds = LIMITED as u64 / RATE;
     assert!(took >= Duration::from_secs(seconds), "{took:?}");
     // The limited interface is never the kernel's.
@@ -275,7 +292,7 @@ fn talk(series: &str, server: Server) {
     } else {
         0
     };
-    assert_eq!(served, [pairs; 2]);
+    assert_eq!(served, [pairs, pairs, 0]);
 }
 
 async fn joined<T: Send + 'static>(thread: JoinHandle<T>) -> T {

@@ -42,7 +42,7 @@ impl Namespace {
             for link in loopback {
                 if link.header.flags.contains(LinkFlags::Loopback) {
                     netlink
-                        .bring_up(link.header.index)
+                        .set_up(link.header.index, true)
                         .doing_to("lo", "bringing it up")?;
                 }
             }

@@ -82,11 +82,11 @@ impl Netlink {
         self.change(RouteNetlinkMessage::SetLink(message), 0)
     }
 
-    /// Brings an interface up.
-    pub fn bring_up(&mut self, index: u32) -> io::Result<()> {
+    /// Brings an interface up, or down.
+    pub fn set_up(&mut self, index: u32, up: bool) -> io::Result<()> {
         let mut message = LinkMessage::default();
         message.header.index = index;
-        message.header.flags = LinkFlags::Up;
+        message.header.flags.set(LinkFlags::Up, up);
         message.header.change_mask = LinkFlags::Up;
         self.change(RouteNetlinkMessage::SetLink(message), 0)
     }

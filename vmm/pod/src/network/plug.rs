@@ -21,12 +21,21 @@ pub struct Plug {
     vhost: VhostNet,
     /// In the order of the interfaces. Empty once they are taken.
     taps: Vec<TapDescriptors>,
-    /// Names and indexes of the interfaces that traffic control was set up on.
-    interfaces: Vec<(String, u32)>,
+    /// Those that traffic control was set up on.
+    interfaces: Vec<Plugged>,
+}
+
+/// An interface that has its tap.
+#[derive(Debug)]
+struct Plugged {
+    name: String,
+    index: u32,
+    /// The tap's index.
+    tap: u32,
 }
 
 /// Makes a tap for each interface and has the kernel pass frames between the two. A tap has a queue for each of the
-/// machine's processors, up to what an interface of a machine can have.
+/// machine's processors, up to what an interface of a machine can have. So many as `late` may come after these.
 ///
 /// What is left of a pod whose supervisor died is replaced. After an error nothing is left.
 ///
@@ -35,13 +44,14 @@ pub struct Plug {
 pub fn plug(
     namespace: &Namespace,
     observed: &Observed,
+    late: usize,
     vcpus: u8,
     vhost: VhostNet,
 ) -> Result<Plug> {
     namespace.run(|| {
         let mut netlink = Netlink::open().doing("opening netlink")?;
         let mut plug = Plug {
-            queue_pairs: queue_pairs(vcpus, observed.interfaces.len()),
+            queue_pairs: queue_pairs(vcpus, observed.interfaces.len() + late),
             vhost,
             taps: Vec::new(),
             interfaces: Vec::new(),
@@ -70,6 +80,61 @@ impl Plug {
         std::mem::take(&mut self.taps)
     }
 
+    /// The same for an interface that has come since. After an error nothing is left of it.
+    ///
+    /// # Errors
+    /// See [`plug`].
+    pub fn add_late(
+        &mut self,
+        namespace: &Namespace,
+        interface: &ObservedInterface,
+    ) -> Result<TapDescriptors> {
+        namespace.run(|| {
+            let mut netlink = Netlink::open().doing("opening netlink")?;
+            let added = self.add(&mut netlink, interface);
+            let tap = self.taps.pop();
+            match (added, tap) {
+                (Ok(()), Some(tap)) => Ok(tap),
+                (outcome, _) => {
+                    // A tap that was made went with its descriptors.
+                    self.interfaces
+                        .retain(|plugged| plugged.index != interface.index);
+                    let _ = filters::clear(&mut netlink, interface.index);
+                    outcome.and_then(|()| {
+                        Err(io::Error::from(io::ErrorKind::NotFound))
+                            .doing_to(&interface.name, "making its tap")
+                    })
+                }
+            }
+        })
+    }
+
+    /// Lets the guest send from an interface's addresses as they are now.
+    ///
+    /// # Errors
+    /// [`WiringError::Interface`].
+    pub fn guard_anew(&self, namespace: &Namespace, interface: &ObservedInterface) -> Result<()> {
+        let Some(plugged) = self
+            .interfaces
+            .iter()
+            .find(|plugged| plugged.index == interface.index)
+        else {
+            return Ok(());
+        };
+        namespace.run(|| {
+            let mut netlink = Netlink::open().doing("opening netlink")?;
+            let name = &interface.name;
+            // Nothing of the guest's gets in while nothing is checked.
+            netlink
+                .set_up(plugged.tap, false)
+                .doing_to(name, "closing its tap")?;
+            guard(&mut netlink, plugged.tap, interface)?;
+            netlink
+                .set_up(plugged.tap, true)
+                .doing_to(name, "opening its tap")
+        })
+    }
+
     /// Gives the interfaces back to the namespace, and closes what taps were not taken.
     ///
     /// # Errors
@@ -89,18 +154,16 @@ impl Plug {
         let tap = shape_tap(netlink, &tap_name, interface)?;
 
         // The tap's side first: nothing of the guest's gets anywhere before it is checked.
-        let step = "checking what its guest sends";
-        let prepared = filters::prepare(netlink, tap);
-        traffic_control(prepared, name, step)?;
-        let addresses = interface.addresses.iter().map(|address| address.ip);
-        let guarded =
-            filters::redirect_own(netlink, tap, interface.index, interface.mac, addresses);
-        traffic_control(guarded, name, step)?;
+        guard(netlink, tap, interface)?;
 
         let step = "redirecting what it receives";
         let prepared = filters::prepare(netlink, interface.index);
         traffic_control(prepared, name, step)?;
-        self.interfaces.push((name.clone(), interface.index));
+        self.interfaces.push(Plugged {
+            name: name.clone(),
+            index: interface.index,
+            tap,
+        });
         let redirected = filters::redirect(netlink, interface.index, tap);
         traffic_control(redirected, name, step)
     }
@@ -108,12 +171,23 @@ impl Plug {
     fn clear(&mut self, netlink: &mut Netlink) -> Result<()> {
         self.taps.clear();
         let mut outcome = Ok(());
-        for (name, index) in self.interfaces.drain(..) {
-            let cleared = filters::clear(netlink, index).doing_to(&name, "taking filters off");
+        for plugged in self.interfaces.drain(..) {
+            let cleared = filters::clear(netlink, plugged.index)
+                .doing_to(&plugged.name, "taking filters off");
             outcome = outcome.and(cleared);
         }
         outcome
     }
+}
+
+/// Lets a tap's guest send from its interface's addresses only.
+fn guard(netlink: &mut Netlink, tap: u32, interface: &ObservedInterface) -> Result<()> {
+    let name = &interface.name;
+    let step = "checking what its guest sends";
+    traffic_control(filters::prepare(netlink, tap), name, step)?;
+    let addresses = interface.addresses.iter().map(|address| address.ip);
+    let guarded = filters::redirect_own(netlink, tap, interface.index, interface.mac, addresses);
+    traffic_control(guarded, name, step)
 }
 
 /// Pairs of queues for each of so many interfaces, 1 or more.
@@ -147,7 +221,7 @@ fn shape_tap(netlink: &mut Netlink, tap: &str, interface: &ObservedInterface) ->
         .set_link(index, vec![LinkAttribute::Mtu(interface.mtu)])
         .doing_to(name, "setting the MTU of its tap")?;
     netlink
-        .bring_up(index)
+        .set_up(index, true)
         .doing_to(name, "bringing its tap up")?;
     Ok(index)
 }

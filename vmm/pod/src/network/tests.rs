@@ -59,7 +59,7 @@ impl World {
     }
 
     fn plug_queues(&self, count: u8) -> Result<Plug> {
-        plug(&self.pod, &observe(&self.pod)?, count, VhostNet::Off)
+        plug(&self.pod, &observe(&self.pod)?, 0, count, VhostNet::Off)
     }
 
     /// What is sent and received at the node's end.
@@ -427,7 +427,7 @@ fn the_kernel_serves_each_queue_where_it_is_asked_to() {
     let observed = observe(&world.pod).unwrap();
 
     let opened = [VhostNet::Auto, VhostNet::On, VhostNet::Off].map(|vhost| {
-        let mut plug = plug(&world.pod, &observed, 2, vhost).unwrap();
+        let mut plug = plug(&world.pod, &observed, 0, 2, vhost).unwrap();
         let tap = plug.take_taps().pop().unwrap();
         plug.teardown(&world.pod).unwrap();
         tap.vhost.len()
@@ -521,6 +521,43 @@ fn the_guest_does_not_reach_the_namespaces_own_stack() {
     let answered = tap.receive(Duration::from_secs(1), arp);
 
     assert_eq!(answered, None);
+}
+
+#[test]
+#[ignore = "needs tun and tc"]
+fn an_interface_that_comes_late_is_plugged_then() {
+    let world = World::new();
+    ip(&world.pod, "link set eth0 down");
+    let mut plug = world.plug().unwrap();
+    assert!(plug.take_taps().is_empty());
+    ip(&world.pod, "link set eth0 up");
+
+    let observed = observe(&world.pod).unwrap();
+    let tap = plug.add_late(&world.pod, &observed.interfaces[0]).unwrap();
+
+    let mut wire = world.wire();
+    let mut tap = Port::queue(tap.queues.into_iter().next().unwrap());
+    tap.send(&ipv4(MAC, IP));
+    assert_eq!(wire.next(), ipv4(MAC, IP));
+}
+
+#[test]
+#[ignore = "needs tun and tc"]
+fn an_address_that_comes_late_can_be_sent_from_then() {
+    let world = World::new();
+    let mut wire = world.wire();
+    let mut plug = world.plug().unwrap();
+    let mut tap = Port::tap(&mut plug);
+    ip(&world.pod, "address add 10.0.0.9/24 dev eth0");
+    ip(&world.pod, "address del 10.0.0.2/24 dev eth0");
+
+    let observed = observe(&world.pod).unwrap();
+    plug.guard_anew(&world.pod, &observed.interfaces[0])
+        .unwrap();
+
+    tap.send(&ipv4(MAC, IP));
+    tap.send(&ipv4(MAC, [10, 0, 0, 9]));
+    assert_eq!(wire.next(), ipv4(MAC, [10, 0, 0, 9]));
 }
 
 #[test]

@@ -11,6 +11,7 @@ use tokio::time::timeout;
 use super::PodContext;
 use super::backoff::Backoff;
 use super::failure::PodFailure;
+use super::network::RewireError;
 use super::output::{Attachment, Output};
 use super::record::Record;
 use super::stop::Stop;
@@ -247,6 +248,7 @@ impl Container {
                 .map_err(std::io::Error::from)
                 .map_err(StartError::Log)??;
         }
+        pod.network.look_again().await?;
         let size = attachment.as_ref().and_then(|attachment| attachment.size);
         let tty = prepared.spec.tty.then(|| size.unwrap_or(TERMINAL));
         let stdio = pod.agent.open_stdio(prepared.spec.stdin, tty).await?;
@@ -333,12 +335,23 @@ pub fn rootfs(container: &str, restart: u32) -> String {
 enum StartError {
     #[error(transparent)]
     Agent(#[from] AgentError),
+    #[error("its network")]
+    Network(#[source] RewireError),
     #[error("its root file system")]
     Root(#[from] crate::volumes::VolumeError),
     #[error("its log")]
     State(#[from] crate::state::StateError),
     #[error("its log")]
     Log(#[source] std::io::Error),
+}
+
+impl From<RewireError> for StartError {
+    fn from(error: RewireError) -> Self {
+        match error {
+            RewireError::Agent(error) => Self::Agent(error),
+            error => Self::Network(error),
+        }
+    }
 }
 
 impl StartError {

@@ -1,18 +1,31 @@
 //! The pod's network on the host, from its namespace to the taps of its machine, and back.
 
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
-use hull_machine::client::{MachineSpec, NetSpec};
-use hull_machine::config::NetLimits;
+use hull_machine::client::{Machine, MachineSpec, NetSpec, PlugError};
+use hull_machine::config::{NetLimits, TapDescriptors};
+use tokio::sync::Mutex;
 
 use super::failure::PodFailure;
+use super::record::Record;
 use crate::agent::network::Plan;
+use crate::agent::{Agent, AgentError};
 use crate::network::{self, Namespace, Observed, Plug, VhostNet, WiringError};
 use crate::networks::{Attachment, Netavark};
 use crate::state::{Directories, PodDir};
 use crate::text::chain;
 use crate::volumes::NetworkFacts;
+
+/// So many interfaces somebody else's namespace may get after the machine has been started: Docker wires a
+/// container after it has been made.
+const LATE: usize = 4;
+/// What they have until then: an address of our own (bit 1 of the first byte; IEEE 802), the last byte apart, and
+/// the most that the guest may choose as their MTU.
+const LATE_MAC: [u8; 6] = [0x02, b'h', b'u', b'l', b'l', 0];
+const LATE_MTU: u16 = u16::MAX;
 
 /// What the pod has of the host's networks. The default: nothing.
 #[derive(Debug, Default)]
@@ -30,6 +43,18 @@ struct Wiring {
     namespace: Namespace,
     observed: Observed,
     plug: Plug,
+    /// By its place among the machine's network devices, the index of the interface that each is for. None: it is
+    /// to spare.
+    devices: Vec<Option<u32>>,
+}
+
+/// What has changed in a namespace.
+#[derive(Debug)]
+struct Change {
+    /// To be plugged, each with the device's place.
+    taps: Vec<(u8, TapDescriptors)>,
+    plan: Plan,
+    addresses: Vec<IpAddr>,
 }
 
 impl HostNetwork {
@@ -61,12 +86,17 @@ impl HostNetwork {
             }
         };
         let observed = network::observe(&namespace)?;
+        let late = match &netavark {
+            Some(_) => 0,
+            None => LATE,
+        };
         if netavark.is_none() {
-            let addresses = observed.interfaces.iter().flat_map(|i| &i.addresses);
-            facts.addresses = addresses.map(|address| address.ip).collect();
+            facts.addresses = addresses(&observed);
         }
         let vhost = VhostNet::from_environment()?;
-        let plug = network::plug(&namespace, &observed, vcpus, vhost)?;
+        let plug = network::plug(&namespace, &observed, late, vcpus, vhost)?;
+        let mut devices: Vec<_> = observed.interfaces.iter().map(|i| Some(i.index)).collect();
+        devices.extend(std::iter::repeat_n(None, late));
         Ok(Self {
             facts,
             wiring: Some(Wiring {
@@ -75,6 +105,7 @@ impl HostNetwork {
                 namespace,
                 observed,
                 plug,
+                devices,
             }),
         })
     }
@@ -86,8 +117,7 @@ impl HostNetwork {
 
     /// What the agent is to be told; None: nothing.
     pub fn plan(&self) -> Option<Plan> {
-        let wiring = self.wiring.as_ref()?;
-        Some(network::plan(&wiring.observed))
+        self.wiring.as_ref().map(Wiring::plan)
     }
 
     /// Gives the machine its interfaces. Once: the taps go along.
@@ -111,13 +141,25 @@ impl HostNetwork {
             };
             spec = spec.net(net, Some(tap));
         }
+        let to_spare = wiring.devices.iter().filter(|device| device.is_none());
+        for (number, _) in (0..).zip(to_spare) {
+            let [start @ .., _] = LATE_MAC;
+            let [a, b, c, d, e] = start;
+            let net = NetSpec {
+                mac: [a, b, c, d, e, number],
+                mtu: LATE_MTU,
+                queue_pairs,
+                limits: NetLimits::default(),
+            };
+            spec = spec.net(net, None);
+        }
         Ok(spec)
     }
 
     /// Undoes [`Self::set_up`], when the machine is gone. What fails is logged, and tried again by
     /// whoever removes the pod.
-    pub fn take_down(self) {
-        let Some(mut wiring) = self.wiring else {
+    pub fn take_down(&mut self) {
+        let Some(mut wiring) = self.wiring.take() else {
             return;
         };
         if let Err(error) = wiring.plug.teardown(&wiring.namespace) {
@@ -130,5 +172,126 @@ impl HostNetwork {
         if let Err(error) = wiring.attachment.teardown(&netavark, netns) {
             tracing::error!(error = chain(&error), "taking the pod's network down");
         }
+    }
+}
+
+impl Wiring {
+    fn plan(&self) -> Plan {
+        let mut plan = network::plan(&self.observed);
+        for (planned, interface) in plan.interfaces.iter_mut().zip(&self.observed.interfaces) {
+            let place = (0..)
+                .zip(&self.devices)
+                .find(|(_, device)| **device == Some(interface.index));
+            if let Some((place, _)) = place {
+                planned.device = place;
+            }
+        }
+        plan
+    }
+
+    /// Looks at somebody else's namespace again. None: nothing has changed. An interface that is gone leaves its
+    /// device unused.
+    fn look_again(&mut self) -> Result<Option<Change>, WiringError> {
+        let observed = network::observe(&self.namespace)?;
+        if observed == self.observed {
+            return Ok(None);
+        }
+        let mut taps = Vec::new();
+        for interface in &observed.interfaces {
+            let index = Some(interface.index);
+            if self.devices.contains(&index) {
+                if !self.observed.interfaces.contains(interface) {
+                    self.plug.guard_anew(&self.namespace, interface)?;
+                }
+                continue;
+            }
+            let place = self.devices.iter().position(Option::is_none);
+            let Some(place) = place.and_then(|place| u8::try_from(place).ok()) else {
+                return Err(WiringError::TooMany {
+                    what: "interfaces that came after the pod was started",
+                    limit: LATE,
+                });
+            };
+            let tap = self.plug.add_late(&self.namespace, interface)?;
+            self.devices[usize::from(place)] = index;
+            taps.push((place, tap));
+        }
+        self.observed = observed;
+        Ok(Some(Change {
+            taps,
+            plan: self.plan(),
+            addresses: addresses(&self.observed),
+        }))
+    }
+}
+
+fn addresses(observed: &Observed) -> Vec<IpAddr> {
+    let addresses = observed.interfaces.iter().flat_map(|i| &i.addresses);
+    addresses.map(|address| address.ip).collect()
+}
+
+/// Why a guest was not given what its namespace has come to have.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum RewireError {
+    #[error(transparent)]
+    Wiring(#[from] WiringError),
+    #[error("giving the machine a network interface")]
+    Plug(#[from] PlugError),
+    #[error("telling the guest's agent")]
+    Agent(#[from] AgentError),
+    #[error("a task of the supervisor")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+/// The network of a pod that runs. Somebody else's namespace may be wired further at any time.
+#[derive(Debug)]
+pub(crate) struct PodNetwork {
+    host: Arc<Mutex<HostNetwork>>,
+    machine: Arc<Machine>,
+    agent: Agent,
+    record: Arc<Record>,
+}
+
+impl PodNetwork {
+    pub(super) fn new(
+        host: Arc<Mutex<HostNetwork>>,
+        machine: Arc<Machine>,
+        agent: Agent,
+        record: Arc<Record>,
+    ) -> Self {
+        Self {
+            host,
+            machine,
+            agent,
+            record,
+        }
+    }
+
+    /// Gives the guest what the namespace has come to have since the last look. Called when a container starts.
+    pub(super) async fn look_again(&self) -> Result<(), RewireError> {
+        let mut host = Arc::clone(&self.host).lock_owned().await;
+        if host
+            .wiring
+            .as_ref()
+            .is_none_or(|wiring| wiring.netavark.is_some())
+        {
+            return Ok(());
+        }
+        // The lock is held until the guest has been told: looks come one after another.
+        let (_host, change) = tokio::task::spawn_blocking(move || {
+            let change = host.wiring.as_mut().map_or(Ok(None), Wiring::look_again);
+            (host, change)
+        })
+        .await?;
+        let Some(change) = change? else {
+            return Ok(());
+        };
+        for (place, tap) in change.taps {
+            self.machine.plug_net(place, tap).await?;
+        }
+        self.agent.configure_network(&change.plan).await?;
+        self.record
+            .update(|status| status.set_addresses(&change.addresses));
+        Ok(())
     }
 }

@@ -9,7 +9,7 @@ use hull_protocol::READY_PORT;
 use jiff::Timestamp;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -20,7 +20,7 @@ use super::installation::Installation;
 use super::join::Joins;
 use super::limits::Limits;
 use super::machine::{SHARE_TAG, spec};
-use super::network::HostNetwork;
+use super::network::{HostNetwork, PodNetwork};
 use super::record::Record;
 use super::server::Service;
 use super::stop::Stop;
@@ -44,6 +44,7 @@ pub(crate) struct PodContext {
     pub record: Arc<Record>,
     pub share: Arc<Share>,
     pub agent: Agent,
+    pub network: PodNetwork,
     pub limits: Limits,
     pub stop: Stop,
 }
@@ -114,8 +115,9 @@ impl Pod {
             "setting up network, volumes and root file systems",
         );
         let installation = Installation::find()?;
-        let mut network = self.network().await?;
-        let result = self.live_with(&installation, &mut network, console).await;
+        let network = Arc::new(Mutex::new(self.network().await?));
+        let result = self.live_with(&installation, &network, console).await;
+        let mut network = network.lock_owned().await;
         let taken_down = tokio::task::spawn_blocking(move || network.take_down()).await;
         // How the pod ended matters more.
         result.and(taken_down.map_err(PodFailure::from))
@@ -125,17 +127,18 @@ impl Pod {
     async fn live_with(
         &self,
         installation: &Installation,
-        network: &mut HostNetwork,
+        network: &Arc<Mutex<HostNetwork>>,
         console: &mut Option<Console>,
     ) -> Result<(), PodFailure> {
-        let ground = self.prepare(network.facts().clone()).await?;
+        let facts = network.lock().await.facts().clone();
+        let ground = self.prepare(facts).await?;
         let guest = tokio::select! {
             started = self.start(installation, network, &ground, console) => started?,
             // All that was made so far goes with the future: a machine dies when it is dropped.
             () = self.stop.requested() => return Err(PodFailure::Stopped),
         };
         let machine = Arc::clone(&guest.machine);
-        let result = self.run_containers(guest, ground).await;
+        let result = self.run_containers(guest, network, ground).await;
         machine.kill();
         machine.wait().await;
         result
@@ -145,7 +148,7 @@ impl Pod {
     async fn start(
         &self,
         installation: &Installation,
-        network: &mut HostNetwork,
+        network: &Mutex<HostNetwork>,
         ground: &Ground,
         console: &mut Option<Console>,
     ) -> Result<Guest, PodFailure> {
@@ -154,6 +157,7 @@ impl Pod {
         let (reader, pipe) = Console::open(&self.record.dir().console())?;
         *console = Some(reader);
         let size = oci::machine_size(&self.manifest);
+        let mut network = network.lock().await;
         let spec = network.add_to(spec(installation, size, pipe, ground.share.root())?)?;
         let (machine, connections) = Machine::launch(&installation.vmm, spec).await?;
         let machine = Arc::new(machine);
@@ -252,7 +256,12 @@ impl Pod {
     }
 
     /// From infra to the pod's end.
-    async fn run_containers(&self, guest: Guest, ground: Ground) -> Result<(), PodFailure> {
+    async fn run_containers(
+        &self,
+        guest: Guest,
+        network: &Arc<Mutex<HostNetwork>>,
+        ground: Ground,
+    ) -> Result<(), PodFailure> {
         let Guest {
             machine,
             agent,
@@ -263,6 +272,12 @@ impl Pod {
             record: Arc::clone(&self.record),
             share: ground.share,
             agent: agent.clone(),
+            network: PodNetwork::new(
+                Arc::clone(network),
+                Arc::clone(&machine),
+                agent.clone(),
+                Arc::clone(&self.record),
+            ),
             limits: self.service.limits,
             stop: self.stop.clone(),
         });

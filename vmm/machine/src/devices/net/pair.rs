@@ -29,6 +29,9 @@ const COMMANDS: u64 = 5;
 /// Relayed interrupts of the kernel's, one for each queue.
 const RELAYS: [u64; 2] = [6, 7];
 
+/// From one look at a tap that the kernel serves to the next.
+const GLANCE: Duration = Duration::from_secs(5);
+
 /// Who moves packets.
 #[derive(Debug)]
 enum Served {
@@ -52,7 +55,7 @@ pub struct Pair {
     served: Served,
     receive_pause: receive::Pause,
     transmit_pause: transmit::Pause,
-    /// Ends pauses that limits make.
+    /// Ends pauses that limits make, and between looks at a tap that the kernel serves.
     timer: Option<OwnedFd>,
 }
 
@@ -118,7 +121,6 @@ impl Pair {
             Served::Nobody => Ok(()),
             Served::Here(backend) => events.remove(backend.tap.as_fd()),
             Served::Kernel(running) => {
-                events.remove(running.backend().tap.as_fd())?;
                 for relay in running.relays.iter().flatten() {
                     events.remove(borrow(relay))?;
                 }
@@ -159,15 +161,16 @@ impl Pair {
         // The kernel waits for these.
         events.remove(borrow(&self.receive.ring.kick))?;
         events.remove(borrow(&self.transmit.ring.kick))?;
-        // To see it go.
-        events.add(running.backend().tap.as_fd(), TAP, Readiness::empty())?;
         for (token, relay) in RELAYS.into_iter().zip(&running.relays) {
             if let Some(relay) = relay {
                 events.add(borrow(relay), token, Readiness::IN)?;
             }
         }
+        // Whatever the driver has announced before is the kernel's to look for.
+        self.receive.ring.kick.write(1)?;
+        self.transmit.ring.kick.write(1)?;
         self.served = Served::Kernel(running);
-        Ok(())
+        self.set_timer(Instant::now() + GLANCE)
     }
 
     /// Moves packets both ways.
@@ -237,7 +240,7 @@ impl Pair {
         Ok(())
     }
 
-    /// The tap is gone, or this queue of it was out of use a moment ago.
+    /// The tap may be gone; or this queue of it was out of use a moment ago.
     fn tap_failed(&mut self, events: &Events) -> io::Result<()> {
         self.follow(events)?;
         if let Some(backend) = self.current().cloned()
@@ -245,6 +248,15 @@ impl Pair {
         {
             self.link.lost(&backend);
             return self.follow(events);
+        }
+        Ok(())
+    }
+
+    /// Looks whether the tap is still there, which the kernel tells nobody while it serves it.
+    fn glance(&mut self, events: &Events) -> io::Result<()> {
+        self.tap_failed(events)?;
+        if matches!(self.served, Served::Kernel(_)) {
+            self.set_timer(Instant::now() + GLANCE)?;
         }
         Ok(())
     }
@@ -285,12 +297,10 @@ impl Handler for Pair {
             .bell(self.number)
             .ok_or(io::ErrorKind::InvalidInput)?;
         events.add(borrow(bell), BELL, Readiness::IN)?;
-        if self.is_limited() {
-            let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
-            let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
-            events.add(&timer, TIMER, Readiness::IN)?;
-            self.timer = Some(timer);
-        }
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        events.add(&timer, TIMER, Readiness::IN)?;
+        self.timer = Some(timer);
         if let Some(commands) = &self.commands {
             events.add(borrow(&commands.queue.kick), COMMANDS, Readiness::IN)?;
         }
@@ -302,6 +312,8 @@ impl Handler for Pair {
 
     fn ready(&mut self, events: &Events, token: u64, readiness: Readiness) -> io::Result<()> {
         match token {
+            // Taken from the epoll before the kernel served the queues, which waits for the kick now.
+            RECEIVE | TRANSMIT if matches!(self.served, Served::Kernel(_)) => return Ok(()),
             RECEIVE => {
                 drop(self.receive.ring.kick.read());
                 if self.receive_pause == receive::Pause::Buffers {
@@ -342,6 +354,9 @@ impl Handler for Pair {
                 if let Some(timer) = &self.timer {
                     // How often it has expired says nothing; nor does it if it has not yet.
                     let _ = rustix::io::read(timer, &mut [0; 8]);
+                }
+                if matches!(self.served, Served::Kernel(_)) {
+                    return self.glance(events);
                 }
                 return self.move_packets(events);
             }

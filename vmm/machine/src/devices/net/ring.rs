@@ -134,14 +134,16 @@ impl Ring {
         }
     }
 
-    /// Goes on where somebody else has left off: at `next_available`, and where the used ring says.
-    pub fn resume(&mut self, memory: &GuestMemoryMmap, next_available: u16) -> io::Result<()> {
+    /// Goes on where somebody else has left off, who gives chains back in their order: where the used ring says. Chains
+    /// that were taken and not given back, as the kernel does with packets for a tap that is gone, are taken again:
+    /// nobody else would give them back.
+    pub fn resume(&mut self, memory: &GuestMemoryMmap) -> io::Result<()> {
         let used = self
             .queue
             .used_idx(memory, Ordering::Acquire)
             .map_err(io::Error::other)?
             .0;
-        self.queue.set_next_avail(next_available);
+        self.queue.set_next_avail(used);
         self.queue.set_next_used(used);
         self.told = used;
         Ok(())

@@ -193,16 +193,9 @@ impl Running {
     /// When it can't be told where that is.
     pub fn stop(self, rings: [&mut Ring; 2]) -> io::Result<()> {
         self.disconnect();
-        let Some(vhost) = &self.backend.vhost else {
-            return Ok(());
-        };
-        let handle = vhost.handle(&self.memory);
-        for (number, ring) in QUEUES.into_iter().zip(rings) {
-            let next = handle.get_vring_base(number).map_err(io::Error::other)?;
-            let next = u16::try_from(next & 0xffff).map_err(io::Error::other)?;
-            ring.resume(&self.memory, next)?;
-        }
-        Ok(())
+        rings
+            .into_iter()
+            .try_for_each(|ring| ring.resume(&self.memory))
     }
 
     fn disconnect(&self) {
