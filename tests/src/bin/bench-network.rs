@@ -86,7 +86,8 @@ fn sh(dir: &Path, script: &str) {
     assert_success(&output, script);
 }
 
-fn pod<'a>(hull: &'a Hull, name: &str) -> Pod<'a> {
+/// A pod whose packets the kernel's vhost-net serves, or `hull-vmm`.
+fn pod<'a>(hull: &'a Hull, name: &str, vhost: &str) -> Pod<'a> {
     let manifest = format!(
         "apiVersion: v1
 kind: Pod
@@ -100,7 +101,14 @@ spec:
     command: [sh, -c, \"{SERVE}\"]
 "
     );
-    Pod::start(hull, name, &manifest)
+    let path = hull.manifest(&format!("{name}.yaml"), &manifest);
+    let output = hull
+        .command([OsStr::new("run"), OsStr::new("-d"), path.as_os_str()])
+        .env("HULL_VHOST_NET", vhost)
+        .output()
+        .unwrap();
+    assert_success(&output, "hull run");
+    Pod::running(hull, name)
 }
 
 /// A container in the network of Hull's: podman reads the same definitions.
@@ -287,7 +295,8 @@ podman save --output ../image.tar localhost/bench-network",
     );
     let image = dir.join("image.tar");
     let _ = hull.ok([OsStr::new("load"), image.as_os_str()]);
-    let ours = pod(&hull, "ours");
+    let vhost = pod(&hull, "vhost", "on");
+    let user = pod(&hull, "user", "off");
     let network = std::fs::read(hull.data_dir().join(DEFINITION)).unwrap();
     let network: Value = serde_json::from_slice(&network).unwrap();
     let bridge = network["network_interface"].as_str().expect("a bridge");
@@ -308,7 +317,8 @@ podman save --output ../image.tar localhost/bench-network",
     let contenders = [
         contender("podman, crun", &podman),
         contender("QEMU microvm, vhost-net", &qemu),
-        contender("Hull", &address(&ours)),
+        contender("Hull, vhost-net", &address(&vhost)),
+        contender("Hull, hull-vmm", &address(&user)),
     ];
     for one in &contenders {
         eventually(one.name, Duration::from_secs(20), || {
