@@ -7,6 +7,7 @@
 )]
 
 mod attach;
+mod bandwidth;
 mod failures;
 mod guests;
 mod images;

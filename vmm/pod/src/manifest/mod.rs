@@ -1,5 +1,6 @@
 //! Pod manifests: read, checked, and every fault named by file, field and value.
 
+mod bandwidth;
 mod fields;
 mod joining;
 mod load;
@@ -16,6 +17,7 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use serde::{Deserialize, Serialize};
 
+pub use bandwidth::Bandwidth;
 pub use fields::value as field_value;
 pub use joining::check_joining;
 pub use load::{load, parse};
@@ -65,6 +67,12 @@ impl PodManifest {
     #[must_use]
     pub fn qualified_hostname(&self) -> Option<String> {
         qualified_hostname(self.name(), self.namespace(), &self.spec)
+    }
+
+    /// How much each of its interfaces may receive and send.
+    #[must_use]
+    pub fn bandwidth(&self) -> Bandwidth {
+        Bandwidth::of(&self.pod.metadata)
     }
 
     #[must_use]

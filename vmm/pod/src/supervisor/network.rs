@@ -1,18 +1,20 @@
 //! The pod's network on the host, from its namespace to the taps of its machine, and back.
 
 use std::net::IpAddr;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use hull_machine::client::{Machine, MachineSpec, NetSpec, PlugError};
-use hull_machine::config::{NetLimits, TapDescriptors};
+use hull_machine::config::{DirectionLimits, NetLimits, RateLimit, TapDescriptors};
 use tokio::sync::Mutex;
 
 use super::failure::PodFailure;
 use super::record::Record;
 use crate::agent::network::Plan;
 use crate::agent::{Agent, AgentError};
+use crate::manifest::Bandwidth;
 use crate::network::{self, Namespace, Observed, Plug, VhostNet, WiringError};
 use crate::networks::{Attachment, Netavark};
 use crate::state::{Directories, PodDir};
@@ -26,6 +28,10 @@ const LATE: usize = 4;
 /// the most that the guest may choose as their MTU.
 const LATE_MAC: [u8; 6] = [0x02, b'h', b'u', b'l', b'l', 0];
 const LATE_MTU: u16 = u16::MAX;
+
+/// After a pause so much of a second's bytes goes at once, and at least the longest packet.
+const BURSTS_PER_SECOND: u64 = 10;
+const MIN_BURST: u64 = 64 << 10;
 
 /// What the pod has of the host's networks. The default: nothing.
 #[derive(Debug, Default)]
@@ -120,12 +126,20 @@ impl HostNetwork {
         self.wiring.as_ref().map(Wiring::plan)
     }
 
-    /// Gives the machine its interfaces. Once: the taps go along.
-    pub fn add_to(&mut self, mut spec: MachineSpec) -> Result<MachineSpec, PodFailure> {
+    /// Gives the machine its interfaces, each with this bandwidth. Once: the taps go along.
+    pub fn add_to(
+        &mut self,
+        mut spec: MachineSpec,
+        bandwidth: Bandwidth,
+    ) -> Result<MachineSpec, PodFailure> {
         let Some(wiring) = &mut self.wiring else {
             return Ok(spec);
         };
         let queue_pairs = wiring.plug.queue_pairs();
+        let limits = NetLimits {
+            receive: limits(bandwidth.ingress),
+            transmit: limits(bandwidth.egress),
+        };
         let taps = wiring.plug.take_taps();
         for (interface, tap) in wiring.observed.interfaces.iter().zip(taps) {
             let mtu = u16::try_from(interface.mtu).map_err(|_| WiringError::BadInterface {
@@ -137,7 +151,7 @@ impl HostNetwork {
                 mac: interface.mac,
                 mtu,
                 queue_pairs,
-                limits: NetLimits::default(),
+                limits,
             };
             spec = spec.net(net, Some(tap));
         }
@@ -149,7 +163,7 @@ impl HostNetwork {
                 mac: [a, b, c, d, e, number],
                 mtu: LATE_MTU,
                 queue_pairs,
-                limits: NetLimits::default(),
+                limits,
             };
             spec = spec.net(net, None);
         }
@@ -222,6 +236,18 @@ impl Wiring {
             plan: self.plan(),
             addresses: addresses(&self.observed),
         }))
+    }
+}
+
+/// Of so many bits a second.
+fn limits(bandwidth: Option<u64>) -> DirectionLimits {
+    let bytes = bandwidth.and_then(|bits| NonZeroU64::new(bits / 8));
+    DirectionLimits {
+        bandwidth: bytes.map(|per_second| RateLimit {
+            per_second,
+            burst: (per_second.get() / BURSTS_PER_SECOND).max(MIN_BURST),
+        }),
+        packets: None,
     }
 }
 

@@ -158,7 +158,8 @@ impl Pod {
         *console = Some(reader);
         let size = oci::machine_size(&self.manifest);
         let mut network = network.lock().await;
-        let spec = network.add_to(spec(installation, size, pipe, ground.share.root())?)?;
+        let spec = spec(installation, size, pipe, ground.share.root())?;
+        let spec = network.add_to(spec, self.manifest.bandwidth())?;
         let (machine, connections) = Machine::launch(&installation.vmm, spec).await?;
         let machine = Arc::new(machine);
         let pid = u32::try_from(machine.pid()).ok();

@@ -10,6 +10,7 @@ use std::ops::RangeInclusive;
 
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec, Volume};
 
+use super::bandwidth;
 use super::names::{self, Form};
 use super::problem::{FieldPath, Problems};
 
@@ -56,6 +57,7 @@ pub fn pod(pod: &Pod, path: &FieldPath, problems: &mut Problems) {
             "must be at most 256 KiB together",
         );
     }
+    bandwidth::check(&pod.metadata, &metadata, problems);
     match &pod.spec {
         Some(spec) => {
             check_spec(spec, &path.field("spec"), problems);
