@@ -126,3 +126,33 @@ fn nothing_is_left_of_a_pods_network() {
     // And the name, the address and the port are there for the next.
     let _last = start(&hull);
 }
+
+/// How many, one after another; `HULL_TEST_PODS` says otherwise.
+const MANY: usize = 10;
+
+#[test]
+fn many_pods_leave_nothing() {
+    let _host = host_network();
+    let hull = Hull::with_images(&["busybox"]);
+    let many = std::env::var("HULL_TEST_PODS").map_or(MANY, |many| many.parse().expect("a number"));
+    drop(start(&hull));
+    let clean = traces(&hull);
+
+    for number in 0..many {
+        let pod = start(&hull);
+        if number % 2 == 0 {
+            pod.stop();
+        }
+        drop(pod);
+    }
+
+    let mut left = Vec::new();
+    eventually("nothing is left", Duration::from_secs(2), || {
+        let now = differences(&clean, &traces(&hull));
+        if now != left {
+            eprintln!("after {many} pods: {now:#?}");
+            left = now;
+        }
+        left.is_empty().then_some(())
+    });
+}
