@@ -9,6 +9,7 @@
     reason = "a benchmark reports by panicking"
 )]
 
+use std::ffi::OsStr;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -71,32 +72,31 @@ spec:
         .output()
         .expect("podman");
     assert_success(&loaded, "podman load");
-    let podman = || {
+    let podman = |network: &str| {
         let mut command = Command::new("podman");
-        command.args([
-            "--runtime",
-            "crun",
-            "run",
-            "--rm",
-            "--network",
-            "none",
-            "docker.io/library/busybox:latest",
-            "echo",
-            "hello",
-        ]);
+        command
+            .args(["--runtime", "crun", "run", "--rm", "--network", network])
+            .args(["docker.io/library/busybox:latest", "echo", "hello"]);
         command
     };
+    let ours = |network: &str| {
+        let args = ["run", "--network", network].map(OsStr::new);
+        hull.command(args.into_iter().chain([manifest.as_os_str()]))
+    };
     let mut series = [
-        Series::new("podman run, crun"),
-        Series::new("hull run, cold"),
+        Series::new("podman run, crun, no network"),
+        Series::new("hull run, cold, no network"),
+        Series::new("podman run, crun, a bridge"),
+        Series::new("hull run, cold, a bridge"),
     ];
-    let _ = until_printed(&mut podman(), "hello");
+    // Both make their networks at first use.
+    let _ = until_printed(&mut podman("bridge"), "hello");
+    let _ = until_printed(&mut ours("hull"), "hello");
     for _ in 0..ROUNDS {
-        series[0].add(until_printed(&mut podman(), "hello"));
-        series[1].add(until_printed(
-            &mut hull.command(["run".as_ref(), manifest.as_os_str()]),
-            "hello",
-        ));
+        series[0].add(until_printed(&mut podman("none"), "hello"));
+        series[1].add(until_printed(&mut ours("none"), "hello"));
+        series[2].add(until_printed(&mut podman("bridge"), "hello"));
+        series[3].add(until_printed(&mut ours("hull"), "hello"));
     }
     print("Command to the container's first output", "s", &series);
 }
