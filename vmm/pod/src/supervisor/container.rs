@@ -40,6 +40,9 @@ pub struct Prepared {
     pub image: Image,
     pub spec: ContainerSpec,
     pub role: Role,
+    /// What the names of its root file systems begin with (see [`rootfs`]). No container of the pod has
+    /// had the same, whatever it was called.
+    root: String,
 }
 
 /// What a container is in its pod.
@@ -55,7 +58,7 @@ pub enum Role {
 
 impl Prepared {
     /// Makes ready all that a container needs but its machine: its specification, and its root file
-    /// system in the share. Blocks.
+    /// system in the share, by the name `root`. Blocks.
     ///
     /// # Errors
     /// When manifest and image don't fit together, or the root can't be mounted.
@@ -65,6 +68,7 @@ impl Prepared {
         image: Image,
         role: Role,
         share: &Share,
+        root: &str,
         record: &Record,
     ) -> Result<Self, PodFailure> {
         let name = container.name.clone();
@@ -73,7 +77,7 @@ impl Prepared {
                 container: name.clone(),
                 source,
             })?;
-        share.mount_root(&rootfs(&name, 0), &image)?;
+        share.mount_root(&rootfs(root, 0), &image)?;
         record.update_container(&name, |status| {
             status.image.clone_from(&image.reference);
             status.image_id = Some(image.id.clone());
@@ -83,6 +87,7 @@ impl Prepared {
             image,
             spec,
             role,
+            root: root.to_owned(),
         })
     }
 }
@@ -235,7 +240,7 @@ impl Container {
     ) -> Result<Output, StartError> {
         let Self { pod, prepared, .. } = self;
         let name = prepared.name.as_str();
-        let rootfs = rootfs(name, restart);
+        let rootfs = rootfs(&prepared.root, restart);
         // The first ones are mounted before the machine starts.
         if restart > 0 {
             let (share, image, rootfs) = (
@@ -313,7 +318,7 @@ impl Container {
         if let Err(error) = pod.agent.remove_container(&prepared.name).await {
             tracing::warn!(container = prepared.name, error = chain(&error), "removing");
         }
-        let (share, rootfs) = (Arc::clone(&pod.share), rootfs(&prepared.name, restart));
+        let (share, rootfs) = (Arc::clone(&pod.share), rootfs(&prepared.root, restart));
         let removed = tokio::task::spawn_blocking(move || share.unmount_root(&rootfs)).await;
         if let Ok(Err(error)) = removed {
             tracing::warn!(container = prepared.name, error = chain(&error), "removing");
@@ -323,10 +328,10 @@ impl Container {
 
 /// The name of a root file system below `rootfs/`: another one for each start, so that what the
 /// guest remembers of the last never shows in this one. A dot is in no container's name.
-pub fn rootfs(container: &str, restart: u32) -> String {
+fn rootfs(root: &str, restart: u32) -> String {
     match restart {
-        0 => container.to_owned(),
-        restart => format!("{container}.{restart}"),
+        0 => root.to_owned(),
+        restart => format!("{root}.{restart}"),
     }
 }
 

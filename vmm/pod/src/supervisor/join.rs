@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hull_machine::channel::{AsyncChannel, ChannelError};
@@ -90,6 +91,8 @@ pub struct Joins {
     data: PathBuf,
     /// How many are here, or on their way.
     members: watch::Sender<usize>,
+    /// How many there have been.
+    roots: AtomicU64,
 }
 
 /// A container that has joined, and was started.
@@ -117,6 +120,7 @@ impl Joins {
             pod: Arc::clone(pod),
             data: data.to_owned(),
             members: watch::Sender::new(0),
+            roots: AtomicU64::new(0),
         }
     }
 
@@ -150,11 +154,19 @@ impl Joins {
         let place = Place(self.members.clone());
         self.claim_name(&mut join)?;
         let name = join.container.name.clone();
-        let joined = self.start(join, image, attachment, place).await;
+        let root = self.root(&name);
+        let joined = self.start(join, image, attachment, place, &root).await;
         if joined.is_err() {
-            forget(&self.pod, &name).await;
+            forget(&self.pod, &name, &root).await;
         }
         joined
+    }
+
+    /// A name for root file systems that is new in the pod: the container's may come again, while the guest
+    /// still remembers what was there.
+    fn root(&self, container: &str) -> String {
+        let number = self.roots.fetch_add(1, Ordering::Relaxed);
+        format!("{container}.joined{number}")
     }
 
     fn claim_name(&self, join: &mut Join) -> Result<(), JoinError> {
@@ -175,10 +187,11 @@ impl Joins {
         image: Image,
         attachment: Option<Attachment>,
         place: Place,
+        root: &str,
     ) -> Result<Member, JoinError> {
         let remove = join.remove;
         let name = join.container.name.clone();
-        let prepared = self.prepare(join, image).await?;
+        let prepared = self.prepare(join, image, root.to_owned()).await?;
         if self.pod.stop.is_requested() {
             return Err(JoinError::Ending);
         }
@@ -190,10 +203,11 @@ impl Joins {
         let stop = container.stop.clone();
         let (tell, started) = oneshot::channel();
         let (pod, member) = (Arc::clone(&self.pod), name.clone());
+        let root = root.to_owned();
         let end = tokio::spawn(async move {
             let code = container.run(tell).await;
             if remove {
-                forget(&pod, &member).await;
+                forget(&pod, &member, &root).await;
             }
             drop(place);
             code
@@ -212,7 +226,7 @@ impl Joins {
         Ok(Member { name, stop, end })
     }
 
-    async fn prepare(&self, join: Join, image: Image) -> Result<Prepared, JoinError> {
+    async fn prepare(&self, join: Join, image: Image, root: String) -> Result<Prepared, JoinError> {
         let pod = Arc::clone(&self.pod);
         let prepare = move || {
             let Join {
@@ -226,7 +240,7 @@ impl Joins {
             let role = Role::Joined(restart);
             let (manifest, record) = (&pod.manifest, &pod.record);
             let mut prepared =
-                Prepared::new(manifest, &container, image, role, &pod.share, record)?;
+                Prepared::new(manifest, &container, image, role, &pod.share, &root, record)?;
             if let Some(user) = user {
                 let context = manifest.spec().security_context.as_ref();
                 if context.and_then(|context| context.run_as_non_root) == Some(true) {
@@ -273,11 +287,11 @@ fn free_name(status: &PodStatus, wanted: &str) -> Result<String, JoinError> {
 }
 
 /// Removes a container that has ended, with its log.
-async fn forget(pod: &Arc<PodContext>, name: &str) {
-    let (context, container) = (Arc::clone(pod), name.to_owned());
+async fn forget(pod: &Arc<PodContext>, name: &str, root: &str) {
+    let (context, container, root) = (Arc::clone(pod), name.to_owned(), root.to_owned());
     let removed = tokio::task::spawn_blocking(move || {
         // What a start that failed may have left; else it is gone already.
-        let root = context.share.unmount_root(&container);
+        let root = context.share.unmount_root(&root);
         let logs = remove_tree(&context.record.dir().container_logs(&container));
         (root, logs)
     })

@@ -234,7 +234,15 @@ impl Pod {
             let prepare = |container: &k8s_openapi::api::core::v1::Container, role| {
                 let reference = container.image.as_deref().unwrap_or_default();
                 let image = store.resolve(reference)?;
-                Prepared::new(&manifest, container, image, role, &share, &record)
+                Prepared::new(
+                    &manifest,
+                    container,
+                    image,
+                    role,
+                    &share,
+                    &container.name,
+                    &record,
+                )
             };
             let init = manifest
                 .init_containers()
