@@ -16,6 +16,7 @@ use hull_pod::text::chain;
 use hull_pod::volumes::{NetworkFacts, Share};
 use rustix::fs::{CWD, Mode, OFlags};
 use tokio::sync::{Mutex, watch};
+use tokio::time::timeout;
 
 use crate::bundle::Bundle;
 use crate::failure::TaskError;
@@ -150,7 +151,8 @@ impl MachinePod {
 /// Takes a machine down, and what is on the host for it. Whoever comes later finds that it is done.
 async fn take_down(up: &watch::Sender<Option<Arc<Up>>>, ending: &Mutex<()>, machine: &Up) {
     let _ending = ending.lock().await;
-    if up.borrow().is_none() {
+    let is_it = |known: &Arc<Up>| std::ptr::eq(Arc::as_ptr(known), machine);
+    if !up.borrow().as_ref().is_some_and(is_it) {
         return;
     }
     machine.guest.shut_down().await;
@@ -267,9 +269,11 @@ impl Pod for MachinePod {
         let agent = machine.guest.agent();
         // One that was never started has a process that waits.
         let _ = agent.signal(Process::Container(name), SIGKILL, true).await;
-        match agent.wait(Process::Container(name)).await {
-            Ok(_) | Err(AgentError::Refused { .. }) => {}
-            Err(error) => return Err(error.into()),
+        let ended = agent.wait(Process::Container(name));
+        match timeout(self.limits.end, ended).await {
+            // Whether it is gone the agent tells when it removes it.
+            Ok(Ok(_) | Err(AgentError::Refused { .. })) | Err(_) => {}
+            Ok(Err(error)) => return Err(error.into()),
         }
         let removed = agent.remove_container(name).await;
         let name = name.to_owned();

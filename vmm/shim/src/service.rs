@@ -236,3 +236,7 @@ impl Task for TaskService {
         Ok(Empty::default())
     }
 }
+
+#[cfg(test)]
+#[path = "service_tests.rs"]
+mod tests;

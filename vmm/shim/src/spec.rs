@@ -108,14 +108,14 @@ fn process(given: &Process) -> Process {
 fn resources(given: &LinuxResources) -> Result<LinuxResources, OciSpecError> {
     let mut resources = LinuxResourcesBuilder::default().build()?;
     resources.set_devices(given.devices().clone());
-    resources.set_pids(given.pids().clone());
+    resources.set_pids(*given.pids());
     resources.set_cpu(given.cpu().clone().map(|mut cpu| {
         // The host's processors and memory nodes.
         cpu.set_cpus(None).set_mems(None);
         cpu.set_realtime_period(None).set_realtime_runtime(None);
         cpu
     }));
-    resources.set_memory(given.memory().clone().map(|mut memory| {
+    resources.set_memory(given.memory().map(|mut memory| {
         // The guest has no swap.
         memory.set_swap(None).set_swappiness(None);
         memory.set_kernel(None).set_kernel_tcp(None);
