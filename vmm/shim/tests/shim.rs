@@ -1,5 +1,7 @@
 //! The program as containerd runs it, up to where a machine would be needed. Needs root, for namespaces of its own.
 
+#![allow(clippy::unwrap_used)]
+
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
