@@ -12,6 +12,7 @@ use rustix::process::{Pid, PidfdFlags, Signal};
 
 use crate::arguments::Arguments;
 use crate::bundle::{Bundle, Place};
+use crate::cgroup;
 use crate::events::timestamp;
 
 /// As of a process that was killed: nobody has seen how it ended.
@@ -27,7 +28,9 @@ pub enum DeleteError {
     #[error("ending the shim")]
     Kill(#[from] rustix::io::Errno),
     #[error("finding the bundle")]
-    Bundle(#[from] io::Error),
+    Bundle(#[source] io::Error),
+    #[error("removing the pod's cgroup")]
+    Cgroup(#[from] io::Error),
     #[error("writing the answer")]
     Answer(#[from] containerd_shim_protos::protobuf::Error),
 }
@@ -39,16 +42,19 @@ pub enum DeleteError {
 /// See [`DeleteError`].
 pub fn delete(arguments: &Arguments) -> Result<Vec<u8>, DeleteError> {
     let directory = if arguments.bundle.as_os_str().is_empty() {
-        std::env::current_dir()?
+        std::env::current_dir().map_err(DeleteError::Bundle)?
     } else {
         arguments.bundle.clone()
     };
+    let bundle = Bundle::read(&directory).ok();
     // Without a specification that can be read there never was a shim for somebody else.
-    let member =
-        Bundle::read(&directory).is_ok_and(|bundle| matches!(bundle.place, Place::Member { .. }));
-    if !member {
+    let is_member = |bundle: &Bundle| matches!(bundle.place, Place::Member { .. });
+    if !bundle.as_ref().is_some_and(is_member) {
         end_shim(&directory, &arguments.id)?;
         remove_socket(&directory);
+        if let Some(cgroup) = bundle.and_then(|bundle| cgroup::of(&bundle.spec)) {
+            cgroup::remove(&cgroup)?;
+        }
     }
     let answer = DeleteResponse {
         exit_status: KILLED,

@@ -5,6 +5,7 @@
 
 mod arguments;
 mod bundle;
+mod cgroup;
 mod delete;
 mod events;
 mod failure;

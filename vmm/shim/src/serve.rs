@@ -20,6 +20,7 @@ use ttrpc::r#async::transport::Listener;
 
 use crate::arguments::Arguments;
 use crate::bundle::{Bundle, BundleError, Network};
+use crate::cgroup;
 use crate::events::{Events, Target};
 use crate::machine::MachinePod;
 use crate::service::services;
@@ -69,6 +70,12 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
     log_to(&directory.join("log"), arguments.debug)?;
     raise_oom_score();
     let bundle = Bundle::read(&directory)?;
+    if let Some(cgroup) = cgroup::of(&bundle.spec)
+        && let Err(error) = cgroup::enter(&cgroup)
+    {
+        // The pod runs all the same, and is counted where containerd is.
+        tracing::warn!(%error, cgroup = %cgroup.display(), "entering the pod's cgroup");
+    }
     let namespace = match bundle.network() {
         Network::Path(path) => Some(Namespace::open(&path)?),
         Network::New => Some(Namespace::create()?),

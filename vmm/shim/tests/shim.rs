@@ -1,6 +1,6 @@
 //! The program as containerd runs it, up to where a machine would be needed. Needs root, for namespaces of its own.
 
-#![allow(clippy::unwrap_used)]
+#![expect(clippy::unwrap_used, reason = "all of it is a test")]
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
