@@ -10,6 +10,7 @@ mod delete;
 mod events;
 mod failure;
 mod machine;
+mod managed;
 mod mounts;
 mod pod;
 mod serve;

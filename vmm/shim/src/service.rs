@@ -16,8 +16,9 @@ use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::events::timestamp;
 use crate::failure::TaskError;
+use crate::managed::State;
 use crate::streams::Places;
-use crate::tasks::{New, State, Tasks};
+use crate::tasks::{New, Tasks};
 
 const V2: &str = "containerd.task.v2.Task";
 /// Bounds what a specification of an exec may be.

@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use containerd_shim_protos::api::Mount;
 use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskStart,
 };
-use hull_pod::agent::{ExitStatus, Process};
+use hull_pod::agent::Process;
 use hull_pod::supervisor::api::{Exec, Size};
 use hull_pod::text::chain;
 use tokio::sync::watch;
@@ -18,73 +18,12 @@ use tokio::sync::watch;
 use crate::bundle::{Bundle, Place};
 use crate::events::{Events, timestamp};
 use crate::failure::TaskError;
+use crate::managed::{Exit, KILLED, Managed, SIGKILL, State, killed, must_be, now};
 use crate::pod::{Pod, RootMount};
 use crate::streams::{Places, Streams};
 
-const SIGKILL: u32 = 9;
-/// Of a process that nobody has seen end.
-const KILLED: u32 = 128 + SIGKILL;
 /// Further processes of a container, ended ones and all: as many as anybody should have.
 const MAX_EXECS: usize = 1024;
-
-/// How a process ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Exit {
-    pub status: u32,
-    pub at: SystemTime,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum State {
-    Created,
-    Running,
-    Ended(Exit),
-}
-
-/// A process as containerd knows it.
-#[derive(Debug)]
-pub struct Managed {
-    pub places: Places,
-    /// Of an exec, until it is started.
-    what: Option<Exec>,
-    state: watch::Sender<State>,
-    streams: Mutex<Option<Arc<Streams>>>,
-    /// Held while it is started.
-    starting: tokio::sync::Mutex<()>,
-}
-
-impl Managed {
-    fn new(places: Places, what: Option<Exec>, streams: Option<Streams>) -> Self {
-        Self {
-            places,
-            what,
-            state: watch::Sender::new(State::Created),
-            streams: Mutex::new(streams.map(Arc::new)),
-            starting: tokio::sync::Mutex::default(),
-        }
-    }
-
-    #[must_use]
-    pub fn state(&self) -> State {
-        *self.state.borrow()
-    }
-
-    async fn exit(&self) -> Exit {
-        let mut state = self.state.subscribe();
-        // The sender is in `self`, so it can't be gone.
-        let _ = state
-            .wait_for(|state| matches!(state, State::Ended(_)))
-            .await;
-        let State::Ended(exit) = *state.borrow() else {
-            return now(KILLED);
-        };
-        exit
-    }
-
-    fn streams(&self) -> Option<Arc<Streams>> {
-        lock(&self.streams).clone()
-    }
-}
 
 /// A container.
 #[derive(Debug)]
@@ -253,7 +192,7 @@ impl Tasks {
             (Some(name), None) => self.pod.start(name).await?,
             (Some(_), Some(handle)) => self.start_exec(&process, handle).await?,
         }
-        process.state.send_replace(State::Running);
+        process.set(State::Running);
         if handle.is_none() {
             let started = TaskStart {
                 container_id: id.into(),
@@ -283,7 +222,7 @@ impl Tasks {
         let stdio = self.pod.exec(handle, what).await?;
         match Streams::connect(stdio, &process.places) {
             Ok(streams) => {
-                *lock(&process.streams) = Some(Arc::new(streams));
+                process.set_streams(streams);
                 Ok(())
             }
             Err(error) => {
@@ -336,7 +275,7 @@ impl Tasks {
             ..Default::default()
         };
         self.events.publish(told).await;
-        process.state.send_replace(State::Ended(exit));
+        process.set(State::Ended(exit));
     }
 
     /// Makes ready a further process of a container.
@@ -404,7 +343,7 @@ impl Tasks {
             None => {
                 self.pod.shut_down().await;
                 if process.state() == State::Created {
-                    process.state.send_replace(State::Ended(now(KILLED)));
+                    process.set(State::Ended(now(KILLED)));
                 }
                 Ok(())
             }
@@ -563,43 +502,6 @@ impl Task {
             None => Process::Container(container),
             Some(exec) => Process::Exec { container, exec },
         })
-    }
-}
-
-fn must_be(
-    id: &str,
-    process: &Managed,
-    must: &'static str,
-    fits: impl FnOnce(State) -> bool,
-) -> Result<(), TaskError> {
-    let state = process.state();
-    if fits(state) {
-        return Ok(());
-    }
-    let is = match state {
-        State::Created => "created",
-        State::Running => "running",
-        State::Ended(_) => "stopped",
-    };
-    Err(TaskError::State {
-        id: id.to_owned(),
-        is,
-        must,
-    })
-}
-
-fn killed() -> ExitStatus {
-    ExitStatus {
-        code: 137,
-        signal: Some(9),
-        oom_killed: false,
-    }
-}
-
-fn now(status: u32) -> Exit {
-    Exit {
-        status,
-        at: SystemTime::now(),
     }
 }
 
