@@ -2,129 +2,21 @@
 
 #![expect(clippy::unwrap_used, reason = "all of it is a test")]
 
-use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+mod bundle;
 
-use containerd_shim_protos::api::{
-    ConnectRequest, CreateTaskRequest, DeleteResponse, ShutdownRequest,
-};
-use containerd_shim_protos::bootstrap_api::{BootstrapParams, BootstrapResult};
-use containerd_shim_protos::protobuf::Message;
-use containerd_shim_protos::shim_async::{Client, TaskClient};
-use rustix::fs::{CWD, FileType, Mode};
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use bundle::{Bundle, LONG, client, runs, until};
+use containerd_shim_protos::api::{ConnectRequest, CreateTaskRequest, ShutdownRequest};
 use ttrpc::context;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_containerd-shim-hull-v2");
-const LONG: Duration = Duration::from_secs(20);
-
-/// A bundle, as containerd 2.3 has it; that one says where sockets are to be.
-struct Bundle {
-    root: tempfile::TempDir,
-    id: &'static str,
-}
-
-impl Bundle {
-    fn new(id: &'static str, spec: &str) -> Self {
-        let root = tempfile::tempdir().unwrap();
-        let bundle = Self { root, id };
-        fs::create_dir(bundle.path()).unwrap();
-        fs::write(bundle.path().join("config.json"), spec).unwrap();
-        let log = bundle.path().join("log");
-        rustix::fs::mknodat(CWD, log, FileType::Fifo, Mode::from_raw_mode(0o600), 0).unwrap();
-        bundle
-    }
-
-    fn path(&self) -> PathBuf {
-        self.root.path().join("bundle")
-    }
-
-    fn sockets(&self) -> PathBuf {
-        self.root.path().join("s")
-    }
-
-    fn run(&self, action: &[&str], input: &[u8]) -> Output {
-        let mut child = Command::new(PROGRAM)
-            .args(["-namespace", "default", "-id", self.id])
-            .args(["-address", "/nowhere", "-publish-binary", "/bin/false"])
-            .args(action)
-            .current_dir(self.path())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        child.stdin.take().unwrap().write_all(input).unwrap();
-        child.wait_with_output().unwrap()
-    }
-
-    fn try_start(&self) -> Output {
-        let params = BootstrapParams {
-            instance_id: self.id.into(),
-            namespace: "default".into(),
-            socket_dir: Some(self.sockets().display().to_string()),
-            ..Default::default()
-        };
-        self.run(&["start"], &params.write_to_bytes().unwrap())
-    }
-
-    /// The shim's address, without `unix://`.
-    fn start(&self) -> String {
-        let output = self.try_start();
-        assert!(output.status.success(), "{output:?}");
-        assert!(output.stderr.is_empty(), "{output:?}");
-        let result = BootstrapResult::parse_from_bytes(&output.stdout).unwrap();
-        let written = fs::read_to_string(self.path().join("address")).unwrap();
-        assert_eq!(result.address, written);
-        written.strip_prefix("unix://").unwrap().to_owned()
-    }
-
-    fn pid(&self) -> String {
-        fs::read_to_string(self.path().join("shim.pid")).unwrap()
-    }
-
-    fn delete(&self) -> u32 {
-        let path = self.path().display().to_string();
-        let output = self.run(&["-bundle", &path, "delete"], &[]);
-        assert!(output.status.success(), "{output:?}");
-        DeleteResponse::parse_from_bytes(&output.stdout)
-            .unwrap()
-            .exit_status
-    }
-
-    fn spec(namespaces: &str) -> String {
-        format!(
-            r#"{{"ociVersion":"1.0.2","process":{{"args":["sh"],"cwd":"/","user":{{"uid":0,"gid":0}}}},
-                "root":{{"path":"rootfs"}},"linux":{{"namespaces":[{namespaces}]}}}}"#
-        )
-    }
-}
-
-/// A test that fails leaves no shim.
-impl Drop for Bundle {
-    fn drop(&mut self) {
-        self.delete();
-    }
-}
-
-async fn client(address: &str) -> TaskClient {
-    let address = format!("unix://{address}");
-    TaskClient::new(Client::connect(&address).await.unwrap())
-}
-
-fn runs(pid: &str) -> bool {
-    // A zombie has no program any more.
-    fs::read_link(format!("/proc/{pid}/exe")).is_ok()
-}
-
-fn until(what: impl Fn() -> bool) {
-    let begun = Instant::now();
-    while !what() {
-        assert!(begun.elapsed() < LONG);
-        std::thread::sleep(Duration::from_millis(10));
-    }
+fn spec(namespaces: &str) -> String {
+    format!(
+        r#"{{"ociVersion":"1.0.2","process":{{"args":["sh"],"cwd":"/","user":{{"uid":0,"gid":0}}}},
+            "root":{{"path":"rootfs"}},"linux":{{"namespaces":[{namespaces}]}}}}"#
+    )
 }
 
 fn namespace(pid: &str, name: &str) -> PathBuf {
@@ -133,7 +25,7 @@ fn namespace(pid: &str, name: &str) -> PathBuf {
 
 #[tokio::test]
 async fn a_shim_is_found_again_and_goes_when_it_is_told() {
-    let bundle = Bundle::new("alone", &Bundle::spec(r#"{"type":"network"}"#));
+    let bundle = Bundle::new("alone", &spec(r#"{"type":"network"}"#));
 
     let address = bundle.start();
     let pid = bundle.pid();
@@ -158,7 +50,7 @@ async fn a_shim_is_found_again_and_goes_when_it_is_told() {
 
 #[test]
 fn a_shim_that_hangs_is_deleted() {
-    let bundle = Bundle::new("alone", &Bundle::spec(r#"{"type":"network"}"#));
+    let bundle = Bundle::new("alone", &spec(r#"{"type":"network"}"#));
     let address = bundle.start();
     let pid = bundle.pid();
 
@@ -171,7 +63,7 @@ fn a_shim_that_hangs_is_deleted() {
 
 #[test]
 fn a_shim_that_does_not_start_says_why() {
-    let missing = Bundle::spec(r#"{"type":"network","path":"/nowhere/netns"}"#);
+    let missing = spec(r#"{"type":"network","path":"/nowhere/netns"}"#);
     let bundle = Bundle::new("alone", &missing);
 
     let output = bundle.try_start();
@@ -196,7 +88,7 @@ fn a_container_of_a_sandbox_without_a_shim_is_refused() {
 
 #[tokio::test]
 async fn the_hosts_network_is_refused_where_a_user_sees_it() {
-    let bundle = Bundle::new("alone", &Bundle::spec(r#"{"type":"pid"}"#));
+    let bundle = Bundle::new("alone", &spec(r#"{"type":"pid"}"#));
     let address = bundle.start();
     let client = client(&address).await;
     let create = CreateTaskRequest {
