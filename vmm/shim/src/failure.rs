@@ -7,6 +7,7 @@ use hull_pod::volumes::VolumeError;
 use ttrpc::Code;
 
 use crate::bundle::BundleError;
+use crate::hooks::HookError;
 use crate::spec::SpecError;
 use crate::streams::StreamError;
 
@@ -35,6 +36,8 @@ pub enum TaskError {
     Spec(#[from] SpecError),
     #[error("reading what is to be run")]
     Process(#[from] serde_json::Error),
+    #[error(transparent)]
+    Hook(#[from] HookError),
     #[error(transparent)]
     Stream(#[from] StreamError),
     #[error("{doing}")]

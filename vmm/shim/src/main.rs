@@ -9,6 +9,8 @@ mod cgroup;
 mod delete;
 mod events;
 mod failure;
+mod hooks;
+mod host;
 mod machine;
 mod managed;
 mod mounts;

@@ -22,6 +22,7 @@ use crate::arguments::Arguments;
 use crate::bundle::{Bundle, BundleError, Network};
 use crate::cgroup;
 use crate::events::{Events, Target};
+use crate::host::Host;
 use crate::machine::MachinePod;
 use crate::service::services;
 use crate::start::{READY, TTRPC_ADDRESS};
@@ -70,6 +71,7 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
     log_to(&directory.join("log"), arguments.debug)?;
     raise_oom_score();
     let bundle = Bundle::read(&directory)?;
+    let host = Host::here().map_err(io_error("opening the host's namespaces"))?;
     if let Some(cgroup) = cgroup::of(&bundle.spec)
         && let Err(error) = cgroup::enter(&cgroup)
     {
@@ -94,7 +96,7 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
         .enable_all()
         .build()
         .map_err(io_error("starting tasks"))?;
-    let served = runtime.block_on(run(arguments, listener, namespace));
+    let served = runtime.block_on(run(arguments, listener, host, namespace));
     if let Some(socket) = socket {
         // Who finds it later would find nobody.
         let _ = std::fs::remove_file(socket);
@@ -165,6 +167,7 @@ fn raise_oom_score() {
 async fn run(
     arguments: &Arguments,
     listener: UnixListener,
+    host: Host,
     namespace: Option<Namespace>,
 ) -> Result<(), ServeError> {
     let limits = Limits::from_environment();
@@ -175,7 +178,7 @@ async fn run(
         binary: arguments.publish_binary.clone(),
     });
     let pod = Arc::new(MachinePod::new(limits, namespace));
-    let tasks = Tasks::new(pod, events.clone(), limits.drain);
+    let tasks = Tasks::new(pod, host, events.clone(), limits.drain);
     let listener = Listener::try_from(listener).map_err(io_error("taking the socket"))?;
     let mut server = Server::new()
         .register_service(services(&tasks))

@@ -28,6 +28,7 @@ use super::services;
 use crate::bundle::Bundle;
 use crate::events::{Events, Target};
 use crate::failure::TaskError;
+use crate::host::Host;
 use crate::pod::{Pod, RootMount};
 use crate::tasks::Tasks;
 
@@ -203,7 +204,12 @@ impl Shim {
             socket: events_socket.display().to_string(),
             ..Target::default()
         });
-        let tasks = Tasks::new(Arc::clone(&pod) as Arc<dyn Pod>, publisher, IDLE);
+        let tasks = Tasks::new(
+            Arc::clone(&pod) as Arc<dyn Pod>,
+            Host::here().unwrap(),
+            publisher,
+            IDLE,
+        );
         let socket = root.path().join("shim");
         let second = server(&socket, services(&tasks)).await;
         let stream = tokio::net::UnixStream::connect(&socket).await.unwrap();

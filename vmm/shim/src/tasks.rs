@@ -18,6 +18,8 @@ use tokio::sync::watch;
 use crate::bundle::{Bundle, Place};
 use crate::events::{Events, timestamp};
 use crate::failure::TaskError;
+use crate::hooks::Hooks;
+use crate::host::Host;
 use crate::managed::{Exit, KILLED, Managed, SIGKILL, State, killed, must_be, now};
 use crate::pod::{Pod, RootMount};
 use crate::streams::{Places, Streams};
@@ -33,12 +35,14 @@ pub struct Task {
     /// As the agent knows it. None: it stands for infra.
     name: Option<String>,
     first: Arc<Managed>,
+    hooks: Hooks,
     execs: Mutex<HashMap<String, (String, Arc<Managed>)>>,
 }
 
 /// All that are here.
 pub struct Tasks {
     pod: Arc<dyn Pod>,
+    host: Host,
     events: Events,
     /// See [`hull_pod::supervisor::Limits::drain`].
     drain: Duration,
@@ -69,9 +73,10 @@ pub struct New {
 
 impl Tasks {
     #[must_use]
-    pub fn new(pod: Arc<dyn Pod>, events: Events, drain: Duration) -> Arc<Self> {
+    pub fn new(pod: Arc<dyn Pod>, host: Host, events: Events, drain: Duration) -> Arc<Self> {
         Arc::new(Self {
             pod,
+            host,
             events,
             drain,
             tasks: Mutex::default(),
@@ -113,8 +118,18 @@ impl Tasks {
                 });
             }
         }
-        let made = self.make(&new, &bundle).await;
-        let task = match made {
+        let made = async {
+            let task = self.make(&new, &bundle).await?;
+            if let Err(error) = task.hooks.created(&self.host).await {
+                if let Some(name) = &task.name {
+                    self.take_away(name).await;
+                }
+                task.hooks.stopped(&self.host).await;
+                return Err(TaskError::from(error));
+            }
+            Ok(task)
+        };
+        let task = match made.await {
             Ok(task) => task,
             Err(error) => {
                 if first {
@@ -174,6 +189,7 @@ impl Tasks {
             bundle: new.bundle.clone(),
             name,
             first: Arc::new(Managed::new(new.places.clone(), None, streams)),
+            hooks: Hooks::of(&bundle.spec, &new.id, new.bundle.clone()),
             execs: Mutex::default(),
         })
     }
@@ -200,6 +216,7 @@ impl Tasks {
                 ..Default::default()
             };
             self.events.publish(started).await;
+            task.hooks.started(&self.host).await;
         } else {
             let started = TaskExecStarted {
                 container_id: id.into(),
@@ -378,6 +395,7 @@ impl Tasks {
         if lock(&self.owner).as_deref() == Some(id) {
             self.end_pod().await;
         }
+        task.hooks.stopped(&self.host).await;
         lock(&self.tasks).remove(id);
         let deleted = TaskDelete {
             container_id: id.into(),
