@@ -92,6 +92,12 @@ impl Events {
         Self { namespace, queue }
     }
 
+    /// containerd's.
+    #[must_use]
+    pub fn namespace(&self) -> &str {
+        &self.namespace
+    }
+
     /// Publishes after all that came before.
     pub async fn publish<E: Event>(&self, event: E) {
         let Ok(value) = event.write_to_bytes() else {

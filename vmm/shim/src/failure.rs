@@ -8,6 +8,7 @@ use ttrpc::Code;
 
 use crate::bundle::BundleError;
 use crate::hooks::HookError;
+use crate::logger::LoggerError;
 use crate::spec::SpecError;
 use crate::streams::StreamError;
 
@@ -38,6 +39,8 @@ pub enum TaskError {
     Process(#[from] serde_json::Error),
     #[error(transparent)]
     Hook(#[from] HookError),
+    #[error(transparent)]
+    Logger(#[from] LoggerError),
     #[error(transparent)]
     Stream(#[from] StreamError),
     #[error("{doing}")]

@@ -11,6 +11,7 @@ mod events;
 mod failure;
 mod hooks;
 mod host;
+mod logger;
 mod machine;
 mod managed;
 mod mounts;

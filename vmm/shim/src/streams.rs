@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hull_pod::agent::Stdio;
@@ -13,9 +13,12 @@ use rustix::fs::{CWD, Mode, OFlags};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
+use tokio::process::Child;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
+
+use crate::logger::Logger;
 
 /// What is copied at once.
 const CHUNK: usize = 64 << 10;
@@ -37,7 +40,7 @@ pub enum StreamError {
         #[source]
         source: io::Error,
     },
-    #[error("{0:?}: only FIFOs and file:// are known")]
+    #[error("{0:?}: only FIFOs, file:// and (for output) binary:// are known")]
     Unknown(String),
     #[error("taking the guest's stream")]
     Guest(#[source] io::Error),
@@ -53,6 +56,7 @@ pub struct Streams {
     progress: Arc<AtomicU64>,
     /// How many outputs have not ended.
     open: watch::Sender<usize>,
+    logger: Mutex<Option<Child>>,
 }
 
 enum Sink {
@@ -63,24 +67,39 @@ enum Sink {
 }
 
 impl Streams {
-    /// Opens what `places` names, and copies from now on.
+    /// Opens what `places` names, and copies from now on; the outputs go to a logger, if there is one.
     ///
     /// # Errors
     /// When something can't be opened.
-    pub fn connect(stdio: Stdio, places: &Places) -> Result<Self, StreamError> {
+    pub fn connect(
+        stdio: Stdio,
+        places: &Places,
+        logger: Option<Logger>,
+    ) -> Result<Self, StreamError> {
+        let (mut logged, mut child) = ([None, None], None::<Child>);
+        if let Some(logger) = logger {
+            logged = [Some(logger.stdout), Some(logger.stderr)];
+            child = Some(logger.child);
+        }
         let mut streams = Self {
             stdin: None,
             stdin_writer: Mutex::default(),
             outputs: Vec::new(),
             progress: Arc::default(),
             open: watch::Sender::new(0),
+            logger: Mutex::new(child.take()),
         };
-        for (stream, place) in [
+        let outputs = [
             (stdio.stdout, &places.stdout),
             (stdio.stderr, &places.stderr),
-        ] {
+        ];
+        for ((stream, place), logged) in outputs.into_iter().zip(logged) {
             let Some(stream) = stream else { continue };
-            let copy = copy_out(guests(stream)?, sink(place)?, Arc::clone(&streams.progress));
+            let sink = match logged {
+                Some(pipe) => Sink::Fifo(pipe),
+                None => sink(place)?,
+            };
+            let copy = copy_out(guests(stream)?, sink, Arc::clone(&streams.progress));
             streams.open.send_modify(|open| *open += 1);
             let open = streams.open.clone();
             streams.outputs.push(tokio::spawn(async move {
@@ -98,10 +117,7 @@ impl Streams {
 
     /// The process reads the end of file when it has read what there is, and nobody else has the FIFO open.
     pub fn close_stdin(&self) {
-        self.stdin_writer
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        lock(&self.stdin_writer).take();
     }
 
     /// When the process has ended: waits until everything has been written, as long as something still comes. A
@@ -124,6 +140,12 @@ impl Streams {
             seen = now;
         }
         self.outputs.iter().for_each(JoinHandle::abort);
+        let logger = lock(&self.logger).take();
+        if let Some(mut logger) = logger
+            && timeout(idle, logger.wait()).await.is_err()
+        {
+            tracing::warn!("a logger does not end, and is left alone");
+        }
     }
 }
 
@@ -132,6 +154,10 @@ impl Drop for Streams {
         self.stdin.iter().for_each(JoinHandle::abort);
         self.outputs.iter().for_each(JoinHandle::abort);
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn guests(stream: OwnedFd) -> Result<UnixStream, StreamError> {
@@ -262,7 +288,7 @@ mod tests {
             stdout: fifo(&root, "stdout"),
             ..Places::default()
         };
-        let streams = Streams::connect(stdio, &places).unwrap();
+        let streams = Streams::connect(stdio, &places, None).unwrap();
         let path = places.stdout.clone();
         let reader = std::thread::spawn(move || {
             let mut all = Vec::new();
@@ -295,7 +321,7 @@ mod tests {
             stdin: fifo(&root, "stdin"),
             ..Places::default()
         };
-        let streams = Streams::connect(stdio, &places).unwrap();
+        let streams = Streams::connect(stdio, &places, None).unwrap();
         for word in ["one ", "two "] {
             // Each time another client.
             let mut client = File::options().write(true).open(&places.stdin).unwrap();
@@ -322,7 +348,7 @@ mod tests {
             stdout: fifo(&root, "stdout"),
             ..Places::default()
         };
-        let streams = Streams::connect(stdio, &places).unwrap();
+        let streams = Streams::connect(stdio, &places, None).unwrap();
         let writer = std::thread::spawn(move || {
             let chunk = [b'x'; CHUNK];
             while guest.write_all(&chunk).is_ok() {}
@@ -348,7 +374,7 @@ mod tests {
             stderr: format!("file://{}", log.display()),
             ..Places::default()
         };
-        let streams = Streams::connect(stdio, &places).unwrap();
+        let streams = Streams::connect(stdio, &places, None).unwrap();
         guest.write_all(b"line\n").unwrap();
         drop(guest);
 
@@ -359,10 +385,7 @@ mod tests {
 
     #[test]
     fn other_places_are_refused() {
-        assert!(matches!(
-            path("binary:///usr/bin/log?a=b"),
-            Err(StreamError::Unknown(_))
-        ));
+        assert!(matches!(path("npipe:///a"), Err(StreamError::Unknown(_))));
         assert_eq!(path("fifo:///run/x").unwrap(), ("/run/x".into(), true));
     }
 }

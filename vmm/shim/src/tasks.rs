@@ -10,7 +10,7 @@ use containerd_shim_protos::api::Mount;
 use containerd_shim_protos::events::task::{
     TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskStart,
 };
-use hull_pod::agent::Process;
+use hull_pod::agent::{Process, Stdio};
 use hull_pod::supervisor::api::{Exec, Size};
 use hull_pod::text::chain;
 use tokio::sync::watch;
@@ -20,6 +20,7 @@ use crate::events::{Events, timestamp};
 use crate::failure::TaskError;
 use crate::hooks::Hooks;
 use crate::host::Host;
+use crate::logger::{Logger, is_logger};
 use crate::managed::{Exit, KILLED, Managed, SIGKILL, State, killed, must_be, now};
 use crate::pod::{Pod, RootMount};
 use crate::streams::{Places, Streams};
@@ -175,11 +176,11 @@ impl Tasks {
                 .collect();
             let stdin = !new.places.stdin.is_empty();
             let stdio = self.pod.create(&name, bundle, &root, stdin).await?;
-            let streams = match Streams::connect(stdio, &new.places) {
+            let streams = match self.connect(stdio, &new.places, &new.id).await {
                 Ok(streams) => streams,
                 Err(error) => {
                     self.take_away(&name).await;
-                    return Err(error.into());
+                    return Err(error);
                 }
             };
             (Some(name), Some(streams))
@@ -194,6 +195,17 @@ impl Tasks {
         })
     }
 
+    /// Connects a process's streams with what containerd names for them.
+    async fn connect(&self, stdio: Stdio, places: &Places, id: &str) -> Result<Streams, TaskError> {
+        let logger = if is_logger(&places.stdout) {
+            let namespace = self.events.namespace();
+            Some(Logger::start(&self.host, &places.stdout, namespace, id).await?)
+        } else {
+            None
+        };
+        Ok(Streams::connect(stdio, places, logger)?)
+    }
+
     /// Starts a container, or a further process of it.
     ///
     /// # Errors
@@ -206,7 +218,7 @@ impl Tasks {
         match (&task.name, &handle) {
             (None, _) => {}
             (Some(name), None) => self.pod.start(name).await?,
-            (Some(_), Some(handle)) => self.start_exec(&process, handle).await?,
+            (Some(_), Some(handle)) => self.start_exec(id, &process, handle).await?,
         }
         process.set(State::Running);
         if handle.is_none() {
@@ -232,12 +244,12 @@ impl Tasks {
         Ok(())
     }
 
-    async fn start_exec(&self, process: &Managed, handle: &str) -> Result<(), TaskError> {
+    async fn start_exec(&self, id: &str, process: &Managed, handle: &str) -> Result<(), TaskError> {
         let Some(what) = &process.what else {
             return Ok(());
         };
         let stdio = self.pod.exec(handle, what).await?;
-        match Streams::connect(stdio, &process.places) {
+        match self.connect(stdio, &process.places, id).await {
             Ok(streams) => {
                 process.set_streams(streams);
                 Ok(())
@@ -249,7 +261,7 @@ impl Tasks {
                 };
                 // It must not go on unseen.
                 let _ = self.pod.signal(started, SIGKILL, false).await;
-                Err(error.into())
+                Err(error)
             }
         }
     }
