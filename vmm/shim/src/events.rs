@@ -263,3 +263,46 @@ impl Publisher {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[tokio::test]
+    async fn without_a_socket_the_program_publishes_in_order() {
+        let root = tempfile::tempdir().unwrap();
+        let program = root.path().join("containerd");
+        let script = format!(
+            "#!/bin/sh\necho \"$@\" >>{0}/lines\ncat >{0}/event\n",
+            root.path().display()
+        );
+        std::fs::write(&program, script).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let events = Events::new(Target {
+            namespace: "default".into(),
+            socket: root.path().join("nobody").display().to_string(),
+            address: "/run/a".into(),
+            binary: program.display().to_string(),
+        });
+
+        events.publish(TaskStart::new()).await;
+        let exit = TaskExit {
+            container_id: "web".into(),
+            ..Default::default()
+        };
+        events.publish(exit.clone()).await;
+        events.flush(Duration::from_secs(20)).await;
+
+        let lines = std::fs::read_to_string(root.path().join("lines")).unwrap();
+        let line = |topic| format!("--address /run/a publish --topic {topic} --namespace default");
+        assert_eq!(
+            lines.lines().collect::<Vec<_>>(),
+            [line("/tasks/start"), line("/tasks/exit")]
+        );
+        let any = std::fs::read(root.path().join("event")).unwrap();
+        let any = Any::parse_from_bytes(&any).unwrap();
+        assert_eq!(any.type_url, "containerd.events.TaskExit");
+        assert_eq!(TaskExit::parse_from_bytes(&any.value).unwrap(), exit);
+    }
+}
