@@ -13,6 +13,7 @@ use std::time::Duration;
 use bundle::{Bundle, client, runs, until};
 use containerd_shim_protos::api::*;
 use containerd_shim_protos::shim_async::TaskClient;
+use rustix::process::{Pid, Signal, kill_process};
 use ttrpc::context::{self, Context};
 
 /// Generous: emulated machines on a busy host are slow.
@@ -39,7 +40,7 @@ fn spec(script: &str, annotations: &str, data: &Path) -> String {
             "cgroupsPath":"/hull-test/{name}",
             "resources":{{"devices":[{{"allow":false,"access":"rwm"}}],"memory":{{"limit":67108864}}}},
             "maskedPaths":["/proc/kcore"]}}}}"#,
-        name = std::process::id(),
+        name = data.file_name().unwrap().display(),
     )
 }
 
@@ -88,6 +89,13 @@ impl Host {
     }
 }
 
+/// The processes in the cgroup of a pod with this data.
+fn in_cgroup(data: &Path) -> Vec<String> {
+    let cgroup = Path::new("/sys/fs/cgroup/hull-test").join(data.file_name().unwrap());
+    let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    processes.lines().map(String::from).collect()
+}
+
 async fn start(client: &TaskClient, id: &str, exec: &str) {
     let request = StartRequest {
         id: id.into(),
@@ -130,6 +138,53 @@ async fn end(client: &TaskClient, bundle: &Bundle) {
     let _ = client.shutdown(within(), &ShutdownRequest::default()).await;
     until(|| !runs(&pid));
     assert_eq!(bundle.delete(), 137);
+}
+
+#[tokio::test]
+#[ignore = "needs KVM"]
+async fn a_machine_that_is_killed_ends_its_containers() {
+    let data = tempfile::tempdir().unwrap();
+    let host = Host::new("alone", "sleep 1000", "", data.path());
+    let client = client(&host.bundle.start()).await;
+    client.create(within(), &host.create()).await.unwrap();
+    start(&client, "alone", "").await;
+    let shim = host.bundle.pid();
+    let machine: Vec<String> = in_cgroup(data.path())
+        .into_iter()
+        .filter(|pid| *pid != shim)
+        .collect();
+    assert!(!machine.is_empty());
+
+    for pid in machine {
+        let pid = Pid::from_raw(pid.parse().unwrap()).unwrap();
+        // Among them may be one that published an event, and has ended.
+        let _ = kill_process(pid, Signal::KILL);
+    }
+
+    assert_eq!(wait(&client, "alone", "").await, 137);
+    assert_eq!(delete(&client, "alone").await, 137);
+    end(&client, &host.bundle).await;
+}
+
+#[tokio::test]
+#[ignore = "needs KVM"]
+async fn a_shim_that_is_killed_leaves_nothing() {
+    let data = tempfile::tempdir().unwrap();
+    let host = Host::new("alone", "sleep 1000", "", data.path());
+    let client = client(&host.bundle.start()).await;
+    client.create(within(), &host.create()).await.unwrap();
+    start(&client, "alone", "").await;
+    let all = in_cgroup(data.path());
+    assert!(all.len() > 1);
+    let shim = Pid::from_raw(host.bundle.pid().parse().unwrap()).unwrap();
+
+    kill_process(shim, Signal::KILL).unwrap();
+
+    assert_eq!(host.bundle.delete(), 137);
+    until(|| !all.iter().any(|pid| runs(pid)));
+    assert_eq!(host.bundle.delete(), 137);
+    let name = data.path().file_name().unwrap();
+    assert!(!Path::new("/sys/fs/cgroup/hull-test").join(name).exists());
 }
 
 #[tokio::test]

@@ -45,7 +45,7 @@ impl Bundle {
     pub fn run(&self, action: &[&str], input: &[u8]) -> Output {
         let mut child = Command::new(PROGRAM)
             .args(["-namespace", "default", "-id", self.id])
-            .args(["-address", "/nowhere", "-publish-binary", "/bin/false"])
+            .args(["-address", "/nowhere", "-publish-binary", "/bin/true"])
             .args(action)
             .envs(vmm())
             .current_dir(self.path())
