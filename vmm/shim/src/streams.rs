@@ -49,7 +49,7 @@ pub enum StreamError {
 /// Streams that are copied until their process has ended.
 #[derive(Debug)]
 pub struct Streams {
-    stdin: Option<JoinHandle<()>>,
+    stdin: Mutex<Stdin>,
     /// Held so that a client that goes doesn't end the process's input: `CloseIO` does.
     stdin_writer: Mutex<Option<OwnedFd>>,
     outputs: Vec<JoinHandle<()>>,
@@ -57,6 +57,20 @@ pub struct Streams {
     /// How many outputs have not ended.
     open: watch::Sender<usize>,
     logger: Mutex<Option<Child>>,
+}
+
+/// A process's input. Its FIFO is opened when the process starts: `ctr` can say that there is no more only when
+/// the creation has been answered, and forgets to say what it has seen before.
+#[derive(Debug, Default)]
+enum Stdin {
+    #[default]
+    None,
+    Waiting {
+        stream: OwnedFd,
+        place: String,
+        closed: bool,
+    },
+    Copied(JoinHandle<()>),
 }
 
 enum Sink {
@@ -82,7 +96,7 @@ impl Streams {
             child = Some(logger.child);
         }
         let mut streams = Self {
-            stdin: None,
+            stdin: Mutex::default(),
             stdin_writer: Mutex::default(),
             outputs: Vec::new(),
             progress: Arc::default(),
@@ -108,24 +122,50 @@ impl Streams {
             }));
         }
         if let Some(stream) = stdio.stdin {
-            let (reader, writer) = source(&places.stdin)?;
-            streams.stdin_writer = Mutex::new(Some(writer));
-            streams.stdin = Some(tokio::spawn(copy_in(reader, guests(stream)?)));
+            *lock(&streams.stdin) = Stdin::Waiting {
+                stream,
+                place: places.stdin.clone(),
+                closed: false,
+            };
         }
         Ok(streams)
     }
 
+    /// Copies the input, too: the process is about to start.
+    ///
+    /// # Errors
+    /// When it can't be opened.
+    pub fn open_stdin(&self) -> Result<(), StreamError> {
+        let mut stdin = lock(&self.stdin);
+        match std::mem::take(&mut *stdin) {
+            Stdin::Waiting {
+                stream,
+                place,
+                closed,
+            } => {
+                let (reader, writer) = source(&place)?;
+                if !closed {
+                    *lock(&self.stdin_writer) = Some(writer);
+                }
+                *stdin = Stdin::Copied(tokio::spawn(copy_in(reader, guests(stream)?)));
+            }
+            other => *stdin = other,
+        }
+        Ok(())
+    }
+
     /// The process reads the end of file when it has read what there is, and nobody else has the FIFO open.
     pub fn close_stdin(&self) {
+        if let Stdin::Waiting { closed, .. } = &mut *lock(&self.stdin) {
+            *closed = true;
+        }
         lock(&self.stdin_writer).take();
     }
 
     /// When the process has ended: waits until everything has been written, as long as something still comes. A
     /// process that outlives its container's first one may hold a stream for ever, and a FIFO may have no reader.
     pub async fn drain(&self, idle: Duration) {
-        if let Some(stdin) = &self.stdin {
-            stdin.abort();
-        }
+        self.end_stdin();
         self.close_stdin();
         let mut open = self.open.subscribe();
         let mut seen = self.progress.load(Ordering::Relaxed);
@@ -149,9 +189,17 @@ impl Streams {
     }
 }
 
+impl Streams {
+    fn end_stdin(&self) {
+        if let Stdin::Copied(copy) = std::mem::take(&mut *lock(&self.stdin)) {
+            copy.abort();
+        }
+    }
+}
+
 impl Drop for Streams {
     fn drop(&mut self) {
-        self.stdin.iter().for_each(JoinHandle::abort);
+        self.end_stdin();
         self.outputs.iter().for_each(JoinHandle::abort);
     }
 }
@@ -322,6 +370,7 @@ mod tests {
             ..Places::default()
         };
         let streams = Streams::connect(stdio, &places, None).unwrap();
+        streams.open_stdin().unwrap();
         for word in ["one ", "two "] {
             // Each time another client.
             let mut client = File::options().write(true).open(&places.stdin).unwrap();

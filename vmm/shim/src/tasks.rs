@@ -217,7 +217,12 @@ impl Tasks {
         must_be(id, &process, "created", |state| state == State::Created)?;
         match (&task.name, &handle) {
             (None, _) => {}
-            (Some(name), None) => self.pod.start(name).await?,
+            (Some(name), None) => {
+                if let Some(streams) = process.streams() {
+                    streams.open_stdin()?;
+                }
+                self.pod.start(name).await?;
+            }
             (Some(_), Some(handle)) => self.start_exec(id, &process, handle).await?,
         }
         process.set(State::Running);
@@ -251,6 +256,7 @@ impl Tasks {
         let stdio = self.pod.exec(handle, what).await?;
         match self.connect(stdio, &process.places, id).await {
             Ok(streams) => {
+                streams.open_stdin()?;
                 process.set_streams(streams);
                 Ok(())
             }
