@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -221,6 +222,32 @@ pub fn assert_success(output: &Output, what: &str) {
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr),
     );
+}
+
+/// Runs `cat; echo end` behind this command: its input's bursts come back one by one, and after its end
+/// what is printed then.
+///
+/// # Panics
+/// When they don't, or the command fails.
+pub fn bursts_pass(command: &mut Command) {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("hull is on PATH");
+    let mut stdin = child.stdin.take().expect("a pipe");
+    let mut stdout = child.stdout.take().expect("a pipe");
+    let mut burst = [0; 6];
+    for _ in 0..3 {
+        stdin.write_all(b"burst\n").expect("hull reads");
+        stdout.read_exact(&mut burst).expect("hull writes");
+        assert_eq!(&burst, b"burst\n");
+    }
+    drop(stdin);
+    let mut rest = String::new();
+    stdout.read_to_string(&mut rest).expect("text");
+    assert_eq!(rest, "end\n");
+    assert!(child.wait().expect("a child").success());
 }
 
 /// Where Hull's data is by default: a file system that overlayfs can write to.

@@ -1,6 +1,5 @@
 //! `hull attach-container`: containers that join a running pod.
 
-use std::io::{Read, Write};
 use std::process::{Output, Stdio};
 use std::time::Duration;
 
@@ -233,35 +232,17 @@ fn streams_terminals_and_restarts() {
     let pod = Pod::start(&hull, "open", &sleepers("open", &[("one", "")], ""));
 
     // Standard input in bursts, its end, and output after it.
-    let mut child = hull
-        .command([
-            "attach-container",
-            "-i",
-            "--image",
-            "busybox",
-            "open",
-            "--",
-            "sh",
-            "-c",
-            "cat; echo end",
-        ])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("hull is on PATH");
-    let mut stdin = child.stdin.take().expect("a pipe");
-    let mut stdout = child.stdout.take().expect("a pipe");
-    let mut burst = [0; 6];
-    for _ in 0..3 {
-        stdin.write_all(b"burst\n").expect("hull reads");
-        stdout.read_exact(&mut burst).expect("hull writes");
-        assert_eq!(&burst, b"burst\n");
-    }
-    drop(stdin);
-    let mut rest = String::new();
-    stdout.read_to_string(&mut rest).expect("text");
-    assert_eq!(rest, "end\n");
-    assert!(child.wait().expect("a child").success());
+    hull_tests::hull::bursts_pass(&mut hull.command([
+        "attach-container",
+        "-i",
+        "--image",
+        "busybox",
+        "open",
+        "--",
+        "sh",
+        "-c",
+        "cat; echo end",
+    ]));
 
     // A terminal.
     let line = "stty rows 33 cols 99; hull attach-container -it open --image busybox -- sh -c 'tty; stty size'";

@@ -30,25 +30,15 @@ fn exec_passes_streams_and_exit_codes() {
     assert_eq!(pod.sh("one", "wc -c"), "0");
 
     // With -i, its end passes through, several bursts arrive, and output after it too.
-    let mut child = hull
-        .command(["exec", "-i", "streams", "--", "sh", "-c", "cat; echo end"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("hull is on PATH");
-    let mut stdin = child.stdin.take().expect("a pipe");
-    let mut stdout = child.stdout.take().expect("a pipe");
-    let mut burst = [0; 6];
-    for _ in 0..3 {
-        stdin.write_all(b"burst\n").expect("hull reads");
-        stdout.read_exact(&mut burst).expect("hull writes");
-        assert_eq!(&burst, b"burst\n");
-    }
-    drop(stdin);
-    let mut rest = String::new();
-    stdout.read_to_string(&mut rest).expect("text");
-    assert_eq!(rest, "end\n");
-    assert!(child.wait().expect("a child").success());
+    hull_tests::hull::bursts_pass(&mut hull.command([
+        "exec",
+        "-i",
+        "streams",
+        "--",
+        "sh",
+        "-c",
+        "cat; echo end",
+    ]));
 
     // Binary data, both ways, unchanged.
     let bytes: Vec<u8> = (0..=255).cycle().take(1 << 20).collect();

@@ -101,10 +101,14 @@ const EVERY: &[Call] = &[
     any(libc::SYS_exit_group),
 ];
 
-/// `_IOC(direction, KVMIO, number, size)`; direction 1 writes to the kernel, 2 reads.
+/// `_IOC(direction, kind, number, size)`; direction 1 writes to the kernel, 2 reads.
+const fn ioctl(direction: u32, kind: u32, number: u32, size: u32) -> u32 {
+    direction << 30 | size << 16 | kind << 8 | number
+}
+
+/// Of `KVMIO`.
 const fn kvm_ioctl(direction: u32, number: u32, size: u32) -> u32 {
-    const KVMIO: u32 = 0xAE;
-    direction << 30 | size << 16 | KVMIO << 8 | number
+    ioctl(direction, 0xAE, number, size)
 }
 
 const KVM_RUN: u32 = kvm_ioctl(0, 0x80, 0);
@@ -155,10 +159,9 @@ const TUNSETQUEUE: u32 = 0x4004_54D9;
 /// What is asked of a descriptor that is to become one.
 const TUNSETVNETHDRSZ: u32 = 0x4004_54D8;
 
-/// `_IOC(direction, VHOST_VIRTIO, number, size)` (linux/vhost.h); directions as for KVM.
+/// Of `VHOST_VIRTIO` (linux/vhost.h).
 const fn vhost_ioctl(direction: u32, number: u32, size: u32) -> u32 {
-    const VHOST_VIRTIO: u32 = 0xAF;
-    direction << 30 | size << 16 | VHOST_VIRTIO << 8 | number
+    ioctl(direction, 0xAF, number, size)
 }
 
 const VHOST_GET_FEATURES: u32 = vhost_ioctl(2, 0x00, 8);
