@@ -19,6 +19,7 @@
 //!
 //! The guest may send only as who it is: see `filters`.
 
+mod far_ends;
 mod filters;
 mod namespace;
 mod netlink;
@@ -31,6 +32,7 @@ mod vhost;
 
 use std::io;
 
+pub use far_ends::{far_ends, remove_veths};
 pub use namespace::Namespace;
 pub use observe::{Observed, ObservedInterface, observe, plan};
 pub use plug::{Plug, plug};

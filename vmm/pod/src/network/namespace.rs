@@ -88,14 +88,7 @@ impl Namespace {
     /// # Errors
     /// [`WiringError::Namespace`] if it can't be entered, and what `work` returns.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-        on_own_thread(|| {
-            rustix::thread::move_into_link_name_space(
-                self.fd.as_fd(),
-                Some(LinkNameSpaceType::Network),
-            )
-            .doing("entering it")?;
-            work()
-        })
+        within(self.fd.as_fd(), work)
     }
 }
 
@@ -103,6 +96,18 @@ impl AsFd for Namespace {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// [`Namespace::run`] for one that somebody else holds.
+pub(super) fn within<T: Send>(
+    namespace: BorrowedFd<'_>,
+    work: impl FnOnce() -> Result<T> + Send,
+) -> Result<T> {
+    on_own_thread(|| {
+        rustix::thread::move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))
+            .doing("entering it")?;
+        work()
+    })
 }
 
 fn on_own_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {

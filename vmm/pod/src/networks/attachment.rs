@@ -16,6 +16,7 @@ use super::ports::Publication;
 use super::stand_in::StandIn;
 use super::store::{self, Networks, check_host};
 use super::{Doing, NetworkError};
+use crate::network;
 use crate::state::{Directories, NetworkStatus, PodDir};
 use crate::text::chain;
 use crate::volumes::NetworkFacts;
@@ -44,6 +45,10 @@ pub(super) struct Record {
     pub namespace: Option<PathBuf>,
     /// netavark has been run, or is about to be, and must be run again to undo it.
     pub wired: bool,
+    /// The host's indices of its interfaces' far ends. They are ports of the networks' bridges for as long as the
+    /// kernel takes to end a dead pod's namespace, and netavark keeps a bridge that has ports.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub far_ends: Vec<u32>,
 }
 
 impl Record {
@@ -55,6 +60,7 @@ impl Record {
             ports: Vec::new(),
             namespace: None,
             wired: false,
+            far_ends: Vec::new(),
         }
     }
 
@@ -208,7 +214,8 @@ impl Attachment {
             self.write()?;
             return Err(error);
         }
-        Ok(())
+        self.record.far_ends = network::far_ends(netns).map_err(NetworkError::FarEnds)?;
+        self.write()
     }
 
     /// What the pod's files tell of its network. The addresses in somebody else's namespace are not
@@ -264,6 +271,7 @@ impl Attachment {
                         .collect();
                     let stand_in = StandIn::new(&interfaces)
                         .doing(|| "making a namespace in place of the pod's".to_owned())?;
+                    network::remove_veths(&self.record.far_ends).map_err(NetworkError::FarEnds)?;
                     netavark.run(Action::Teardown, stand_in.netns.as_fd(), &options)?;
                 }
             }

@@ -211,8 +211,8 @@ fn what_a_dead_pod_had_is_given_back() {
         let (claim, mut web) = host.reserve("web", &["net"], &["18080:80"]);
         let pod = namespace();
         web.setup(&host.netavark(), pod.netns.as_fd()).unwrap();
-        // Its supervisor dies, and with it the namespace.
-        drop(pod);
+        // Its supervisor dies, and with it the namespace, which the kernel ends in its own time: here, after the
+        // release.
         let dir = claim.dir.clone();
         drop(claim);
         assert!(!rules().is_empty());
@@ -223,6 +223,7 @@ fn what_a_dead_pod_had_is_given_back() {
         assert_eq!(rules(), Vec::<String>::new());
         assert!(!run("ip link").contains("hull"), "{}", run("ip link"));
         assert!(host.networks.users("net").unwrap().is_empty());
+        drop(pod);
     });
 }
 

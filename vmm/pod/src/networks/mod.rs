@@ -39,6 +39,7 @@ pub use netavark::Netavark;
 pub use ports::{Asked, Protocol, Publication};
 pub use store::{Creation, Networks};
 
+use crate::network::WiringError;
 use crate::state::StateError;
 
 /// What can go wrong with networks.
@@ -93,6 +94,8 @@ pub enum NetworkError {
         #[source]
         source: serde_json::Error,
     },
+    #[error("the pod's interfaces on the host")]
+    FarEnds(#[source] WiringError),
     #[error("the files of networks")]
     State(#[from] StateError),
 }
