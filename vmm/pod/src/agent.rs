@@ -13,9 +13,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use hull_machine::client::{ConnectError, Machine};
 use hull_protocol::agent::{
-    CreateContainerRequest, Empty, ExecRequest, HelloRequest, MemoryVolume, RemoveContainerRequest,
-    RemoveExecRequest, ResizeRequest, SignalRequest, StartContainerRequest, StartInfraRequest,
-    Streams, WaitRequest,
+    CreateContainerRequest, Empty, ExecRequest, HelloRequest, MemoryVolume, ProcessesRequest,
+    RemoveContainerRequest, RemoveExecRequest, ResizeRequest, SignalRequest, StartContainerRequest,
+    StartInfraRequest, Streams, WaitRequest,
 };
 use hull_protocol::agent_ttrpc::AgentClient;
 use hull_protocol::{AGENT_PORT, STREAM_MAGIC, STREAM_PORT};
@@ -33,6 +33,8 @@ use crate::text::{cut, printable};
 
 /// A text of the agent is cut to this many bytes.
 const TEXT_MAX: usize = 1024;
+/// More processes than a container is told to have at most.
+const PROCESSES_MAX: usize = 4096;
 
 #[cfg(test)]
 mod hostile;
@@ -467,6 +469,23 @@ impl Agent {
         self.call("Resize", self.client.resize(self.context(), &request))
             .await
             .map(drop)
+    }
+
+    /// The processes of a container, as the guest numbers them. At most 4096.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn processes(&self, container: &str) -> Result<Vec<u32>, AgentError> {
+        let request = ProcessesRequest {
+            container_id: container.into(),
+            ..Default::default()
+        };
+        let answer = self
+            .call("Processes", self.client.processes(self.context(), &request))
+            .await?;
+        let mut pids = answer.pids;
+        pids.truncate(PROCESSES_MAX);
+        Ok(pids)
     }
 
     /// Ends everything in the guest, and the machine.

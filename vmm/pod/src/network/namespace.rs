@@ -82,6 +82,25 @@ impl Namespace {
         Ok(Self { fd: file.into() })
     }
 
+    /// Another descriptor of it.
+    ///
+    /// # Errors
+    /// When there are no more.
+    pub fn try_clone(&self) -> Result<Self> {
+        let fd = self.fd.try_clone().doing("opening it again")?;
+        Ok(Self { fd })
+    }
+
+    /// Moves the calling thread into the namespace for good, and with it all that it starts from then on. Call it
+    /// before any thread is started.
+    ///
+    /// # Errors
+    /// [`WiringError::Namespace`] if it can't be entered.
+    pub fn enter(&self) -> Result<()> {
+        rustix::thread::move_into_link_name_space(self.fd.as_fd(), Some(LinkNameSpaceType::Network))
+            .doing("entering it")
+    }
+
     /// Does something in the namespace, on a thread made for it: none that goes on with other work
     /// is ever in the wrong one. Blocks until it is done.
     ///

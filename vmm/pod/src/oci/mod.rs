@@ -22,7 +22,8 @@ use oci_spec::runtime::{LinuxBuilder, RootBuilder, Spec, SpecBuilder};
 use crate::images::Image;
 use crate::manifest::PodManifest;
 
-pub use sizing::{MachineSize, machine_size};
+pub use resources::Amounts;
+pub use sizing::{MachineSize, machine_size, machine_size_for};
 
 /// Paths that would show a container things of its kernel that are none of its
 /// business; the same as containerd's.

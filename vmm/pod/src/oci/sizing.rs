@@ -1,7 +1,5 @@
 //! How large a pod's machine is.
 
-use k8s_openapi::api::core::v1::Container;
-
 use super::resources::Amounts;
 use crate::manifest::PodManifest;
 
@@ -38,25 +36,28 @@ pub struct MachineSize {
 /// An init container runs alone: it counts where it needs more than all others.
 #[must_use]
 pub fn machine_size(manifest: &PodManifest) -> MachineSize {
-    let host = std::thread::available_parallelism().map_or(1, |count| count.get() as u64);
-    size(manifest, host)
+    size(manifest, host_cpus())
+}
+
+/// The machine for containers that may use so much each, by the same rules.
+#[must_use]
+pub fn machine_size_for(containers: &[Amounts]) -> MachineSize {
+    Need::of(containers).size(host_cpus())
+}
+
+fn host_cpus() -> u64 {
+    std::thread::available_parallelism().map_or(1, |count| count.get() as u64)
 }
 
 fn size(manifest: &PodManifest, host_cpus: u64) -> MachineSize {
-    let mut need = Need::of(manifest.containers());
+    let amounts: Vec<Amounts> = manifest.containers().iter().map(Amounts::of).collect();
+    let mut need = Need::of(&amounts);
     for container in manifest.init_containers() {
-        let alone = Need::of(std::slice::from_ref(container));
+        let alone = Need::of(&[Amounts::of(container)]);
         need.memory_mib = need.memory_mib.max(alone.memory_mib);
         need.vcpus = need.vcpus.max(alone.vcpus);
     }
-    let vcpus = need.vcpus.clamp(1, host_cpus.clamp(1, MAX_VCPUS));
-    MachineSize {
-        vcpus: u8::try_from(vcpus).unwrap_or(1),
-        memory_mib: need
-            .memory_mib
-            .next_multiple_of(ROUND_MIB)
-            .clamp(MIN_MIB, MAX_MIB),
-    }
+    need.size(host_cpus)
 }
 
 struct Need {
@@ -65,8 +66,18 @@ struct Need {
 }
 
 impl Need {
-    fn of(containers: &[Container]) -> Self {
-        let amounts: Vec<Amounts> = containers.iter().map(Amounts::of).collect();
+    fn size(&self, host_cpus: u64) -> MachineSize {
+        let vcpus = self.vcpus.clamp(1, host_cpus.clamp(1, MAX_VCPUS));
+        MachineSize {
+            vcpus: u8::try_from(vcpus).unwrap_or(1),
+            memory_mib: self
+                .memory_mib
+                .next_multiple_of(ROUND_MIB)
+                .clamp(MIN_MIB, MAX_MIB),
+        }
+    }
+
+    fn of(amounts: &[Amounts]) -> Self {
         let bytes = amounts.iter().fold(0_u64, |sum, one| {
             sum.saturating_add(one.memory_limit.or(one.memory_request).unwrap_or(0))
         });

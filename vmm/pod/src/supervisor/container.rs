@@ -253,7 +253,9 @@ impl Container {
                 .map_err(std::io::Error::from)
                 .map_err(StartError::Log)??;
         }
-        pod.network.look_again().await?;
+        if let Some(addresses) = pod.network.look_again().await? {
+            pod.record.update(|status| status.set_addresses(&addresses));
+        }
         let size = attachment.as_ref().and_then(|attachment| attachment.size);
         let tty = prepared.spec.tty.then(|| size.unwrap_or(TERMINAL));
         let stdio = pod.agent.open_stdio(prepared.spec.stdin, tty).await?;

@@ -10,6 +10,7 @@ mod console;
 mod container;
 mod exec;
 mod failure;
+mod guest;
 mod installation;
 mod join;
 mod limits;
@@ -22,9 +23,12 @@ mod record;
 mod server;
 mod stop;
 
+pub use console::Console;
 pub use failure::PodFailure;
+pub use guest::{Boot, Guest, Launched};
 pub use installation::{Installation, InstallationError};
 pub use limits::Limits;
+pub use network::{HostNetwork, PodNetwork, RewireError};
 
 use std::fs::File;
 use std::io;

@@ -11,7 +11,6 @@ use hull_machine::config::{DirectionLimits, NetLimits, RateLimit, TapDescriptors
 use tokio::sync::Mutex;
 
 use super::failure::PodFailure;
-use super::record::Record;
 use crate::agent::network::Plan;
 use crate::agent::{Agent, AgentError};
 use crate::manifest::Bandwidth;
@@ -35,7 +34,7 @@ const MIN_BURST: u64 = 64 << 10;
 
 /// What the pod has of the host's networks. The default: nothing.
 #[derive(Debug, Default)]
-pub(super) struct HostNetwork {
+pub struct HostNetwork {
     facts: NetworkFacts,
     wiring: Option<Wiring>,
 }
@@ -43,9 +42,8 @@ pub(super) struct HostNetwork {
 /// A namespace whose interfaces are the machine's.
 #[derive(Debug)]
 struct Wiring {
-    attachment: Attachment,
-    /// None: the namespace is somebody else's.
-    netavark: Option<Netavark>,
+    /// What netavark has made. None: the namespace is somebody else's.
+    named: Option<(Attachment, Netavark)>,
     namespace: Namespace,
     observed: Observed,
     plug: Plug,
@@ -68,7 +66,7 @@ impl HostNetwork {
     /// what outlives the pod.
     ///
     /// What is there of it after an error goes with [`crate::networks::release`], and with the process.
-    pub fn set_up(
+    pub(super) fn set_up(
         directories: &Directories,
         dir: &PodDir,
         mounts: OwnedFd,
@@ -78,27 +76,39 @@ impl HostNetwork {
         let Some(mut attachment) = Attachment::open(directories, dir)? else {
             return Ok(Self::default());
         };
-        let mut facts = attachment.facts();
+        let facts = attachment.facts();
         if !facts.connected {
             return Ok(Self::default());
         }
-        let (namespace, netavark) = match attachment.namespace() {
-            Some(path) => (Namespace::open(path)?, None),
-            None => {
-                let netavark = Netavark::find(directories, limit)?.in_mounts(mounts);
-                let namespace = Namespace::create()?;
-                attachment.setup(&netavark, namespace.as_fd())?;
-                (namespace, Some(netavark))
-            }
-        };
-        let observed = network::observe(&namespace)?;
-        let late = match &netavark {
-            Some(_) => 0,
-            None => LATE,
-        };
-        if netavark.is_none() {
-            facts.addresses = addresses(&observed);
+        if let Some(path) = attachment.namespace() {
+            return Self::join(Namespace::open(path)?, facts, vcpus);
         }
+        let netavark = Netavark::find(directories, limit)?.in_mounts(mounts);
+        let namespace = Namespace::create()?;
+        attachment.setup(&netavark, namespace.as_fd())?;
+        Self::wire(namespace, Some((attachment, netavark)), facts, vcpus)
+    }
+
+    /// Takes somebody else's namespace, which may be wired further at any time.
+    ///
+    /// # Errors
+    /// When its interfaces can't be given to a machine.
+    pub fn join(namespace: Namespace, facts: NetworkFacts, vcpus: u8) -> Result<Self, PodFailure> {
+        let mut network = Self::wire(namespace, None, facts, vcpus)?;
+        if let Some(wiring) = &network.wiring {
+            network.facts.addresses = addresses(&wiring.observed);
+        }
+        Ok(network)
+    }
+
+    fn wire(
+        namespace: Namespace,
+        named: Option<(Attachment, Netavark)>,
+        facts: NetworkFacts,
+        vcpus: u8,
+    ) -> Result<Self, PodFailure> {
+        let observed = network::observe(&namespace)?;
+        let late = if named.is_some() { 0 } else { LATE };
         let vhost = VhostNet::from_environment()?;
         let plug = network::plug(&namespace, &observed, late, vcpus, vhost)?;
         let mut devices: Vec<_> = observed.interfaces.iter().map(|i| Some(i.index)).collect();
@@ -106,8 +116,7 @@ impl HostNetwork {
         Ok(Self {
             facts,
             wiring: Some(Wiring {
-                attachment,
-                netavark,
+                named,
                 namespace,
                 observed,
                 plug,
@@ -117,17 +126,18 @@ impl HostNetwork {
     }
 
     /// What the pod's files tell of it.
+    #[must_use]
     pub fn facts(&self) -> &NetworkFacts {
         &self.facts
     }
 
     /// What the agent is to be told; None: nothing.
-    pub fn plan(&self) -> Option<Plan> {
+    pub(super) fn plan(&self) -> Option<Plan> {
         self.wiring.as_ref().map(Wiring::plan)
     }
 
     /// Gives the machine its interfaces, each with this bandwidth. Once: the taps go along.
-    pub fn add_to(
+    pub(super) fn add_to(
         &mut self,
         mut spec: MachineSpec,
         bandwidth: Bandwidth,
@@ -173,17 +183,17 @@ impl HostNetwork {
     /// Undoes [`Self::set_up`], when the machine is gone. What fails is logged, and tried again by
     /// whoever removes the pod.
     pub fn take_down(&mut self) {
-        let Some(mut wiring) = self.wiring.take() else {
+        let Some(wiring) = self.wiring.take() else {
             return;
         };
         if let Err(error) = wiring.plug.teardown(&wiring.namespace) {
             tracing::error!(error = chain(&error), "giving the pod's interfaces back");
         }
-        let Some(netavark) = wiring.netavark else {
+        let Some((mut attachment, netavark)) = wiring.named else {
             return;
         };
         let netns = Some(wiring.namespace.as_fd());
-        if let Err(error) = wiring.attachment.teardown(&netavark, netns) {
+        if let Err(error) = attachment.teardown(&netavark, netns) {
             tracing::error!(error = chain(&error), "taking the pod's network down");
         }
     }
@@ -258,7 +268,7 @@ fn addresses(observed: &Observed) -> Vec<IpAddr> {
 
 /// Why a guest was not given what its namespace has come to have.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum RewireError {
+pub enum RewireError {
     #[error(transparent)]
     Wiring(#[from] WiringError),
     #[error("giving the machine a network interface")]
@@ -271,37 +281,35 @@ pub(super) enum RewireError {
 
 /// The network of a pod that runs. Somebody else's namespace may be wired further at any time.
 #[derive(Debug)]
-pub(crate) struct PodNetwork {
+pub struct PodNetwork {
     host: Arc<Mutex<HostNetwork>>,
     machine: Arc<Machine>,
     agent: Agent,
-    record: Arc<Record>,
 }
 
 impl PodNetwork {
-    pub(super) fn new(
-        host: Arc<Mutex<HostNetwork>>,
-        machine: Arc<Machine>,
-        agent: Agent,
-        record: Arc<Record>,
-    ) -> Self {
+    #[must_use]
+    pub fn new(host: Arc<Mutex<HostNetwork>>, machine: Arc<Machine>, agent: Agent) -> Self {
         Self {
             host,
             machine,
             agent,
-            record,
         }
     }
 
-    /// Gives the guest what the namespace has come to have since the last look. Called when a container starts.
-    pub(super) async fn look_again(&self) -> Result<(), RewireError> {
+    /// Gives the guest what the namespace has come to have since the last look, and returns the addresses there are
+    /// now. Called when a container starts. None: nothing has changed.
+    ///
+    /// # Errors
+    /// When the guest can't be given it.
+    pub async fn look_again(&self) -> Result<Option<Vec<IpAddr>>, RewireError> {
         let mut host = Arc::clone(&self.host).lock_owned().await;
         if host
             .wiring
             .as_ref()
-            .is_none_or(|wiring| wiring.netavark.is_some())
+            .is_none_or(|wiring| wiring.named.is_some())
         {
-            return Ok(());
+            return Ok(None);
         }
         // The lock is held until the guest has been told: looks come one after another.
         let (_host, change) = tokio::task::spawn_blocking(move || {
@@ -310,14 +318,12 @@ impl PodNetwork {
         })
         .await?;
         let Some(change) = change? else {
-            return Ok(());
+            return Ok(None);
         };
         for (place, tap) in change.taps {
             self.machine.plug_net(place, tap).await?;
         }
         self.agent.configure_network(&change.plan).await?;
-        self.record
-            .update(|status| status.set_addresses(&change.addresses));
-        Ok(())
+        Ok(Some(change.addresses))
     }
 }

@@ -4,28 +4,22 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hull_machine::client::{GuestConnection, Machine};
-use hull_protocol::READY_PORT;
 use jiff::Timestamp;
-use tokio::io::AsyncReadExt;
-use tokio::net::UnixStream;
-use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::sync::{Mutex, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
 
 use super::console::Console;
 use super::container::{Container, Prepared, Role};
 use super::failure::PodFailure;
+use super::guest::{Boot, Guest};
 use super::installation::Installation;
 use super::join::Joins;
 use super::limits::Limits;
-use super::machine::{SHARE_TAG, spec};
 use super::network::{HostNetwork, PodNetwork};
 use super::record::Record;
 use super::server::Service;
 use super::stop::Stop;
-use crate::agent::network::Plan;
-use crate::agent::{Agent, Process};
+use crate::agent::Agent;
 use crate::events::EventType;
 use crate::images::Store;
 use crate::manifest::PodManifest;
@@ -67,14 +61,6 @@ struct Ground {
     memory_volumes: Vec<MemoryVolume>,
     init: Vec<Prepared>,
     containers: Vec<Prepared>,
-}
-
-/// A machine whose agent has answered.
-struct Guest {
-    machine: Arc<Machine>,
-    agent: Agent,
-    /// Open as long as the agent lives.
-    alive: UnixStream,
 }
 
 impl Pod {
@@ -137,10 +123,9 @@ impl Pod {
             // All that was made so far goes with the future: a machine dies when it is dropped.
             () = self.stop.requested() => return Err(PodFailure::Stopped),
         };
-        let machine = Arc::clone(&guest.machine);
-        let result = self.run_containers(guest, network, ground).await;
-        machine.kill();
-        machine.wait().await;
+        let result = self.run_containers(&guest, network, ground).await;
+        guest.machine().kill();
+        guest.machine().wait().await;
         result
     }
 
@@ -152,22 +137,22 @@ impl Pod {
         ground: &Ground,
         console: &mut Option<Console>,
     ) -> Result<Guest, PodFailure> {
-        let limits = self.service.limits;
         self.progress("Booting", "starting the machine");
         let (reader, pipe) = Console::open(&self.record.dir().console())?;
         *console = Some(reader);
-        let size = oci::machine_size(&self.manifest);
         let mut network = network.lock().await;
-        let spec = spec(installation, size, pipe, ground.share.root())?;
-        let spec = network.add_to(spec, self.manifest.bandwidth())?;
-        let (machine, connections) = Machine::launch(&installation.vmm, spec).await?;
-        let machine = Arc::new(machine);
-        let pid = u32::try_from(machine.pid()).ok();
-        self.record.update(|status| status.vmm_pid = pid);
+        let boot = Boot {
+            installation,
+            limits: self.service.limits,
+            size: oci::machine_size(&self.manifest),
+            console: pipe,
+            share: &ground.share,
+            bandwidth: self.manifest.bandwidth(),
+        };
+        let launched = boot.launch(&mut network).await?;
+        self.record.update(|status| status.vmm_pid = launched.pid());
 
-        let alive = agent_ready(&machine, connections, limits.agent_ready).await?;
-        let agent = Agent::connect(Arc::<Machine>::clone(&machine), limits.call).await?;
-        let info = agent.hello().await?;
+        let (guest, info) = launched.meet().await?;
         self.record.update(|status| {
             status.guest_kernel = Some(info.kernel_release);
             status.agent_version = Some(info.agent_version);
@@ -176,25 +161,16 @@ impl Pod {
             .event(EventType::Normal, "Booted", None, "the agent is ready");
 
         let infra = oci::infra(&self.manifest);
-        agent
-            .start_infra(&infra, SHARE_TAG, &ground.memory_volumes)
-            .await?;
+        guest.start_infra(&infra, &ground.memory_volumes).await?;
         self.record
             .event(EventType::Normal, "InfraStarted", None, "started infra");
-        // A sysctl of an interface that there isn't is an error, in a pod without any, too.
-        let sysctls = !infra.sysctls.is_empty();
-        let plan = network.plan().or_else(|| sysctls.then(Plan::default));
-        if let Some(plan) = plan {
-            agent.configure_network(&plan).await?;
-        }
+        guest.configure_network(&infra, &network).await?;
         // It can be set but once, and this runs but once.
-        let _ = self.service.agent.set(agent.clone());
-        self.service.pause.begin(&machine, agent.clone());
-        Ok(Guest {
-            machine,
-            agent,
-            alive,
-        })
+        let _ = self.service.agent.set(guest.agent().clone());
+        self.service
+            .pause
+            .begin(guest.machine(), guest.agent().clone());
+        Ok(guest)
     }
 
     /// The pod's place in the host's networks. Blocking work, so not on the tasks' thread.
@@ -267,26 +243,16 @@ impl Pod {
     /// From infra to the pod's end.
     async fn run_containers(
         &self,
-        guest: Guest,
+        guest: &Guest,
         network: &Arc<Mutex<HostNetwork>>,
         ground: Ground,
     ) -> Result<(), PodFailure> {
-        let Guest {
-            machine,
-            agent,
-            alive,
-        } = guest;
         let context = Arc::new(PodContext {
             manifest: Arc::clone(&self.manifest),
             record: Arc::clone(&self.record),
             share: ground.share,
-            agent: agent.clone(),
-            network: PodNetwork::new(
-                Arc::clone(network),
-                Arc::clone(&machine),
-                agent.clone(),
-                Arc::clone(&self.record),
-            ),
+            agent: guest.agent().clone(),
+            network: guest.network(network),
             limits: self.service.limits,
             stop: self.stop.clone(),
         });
@@ -303,17 +269,15 @@ impl Pod {
             // An end that was asked for must not look like a failure.
             biased;
             ended = all => ended.err(),
-            failure = death(&machine, &agent, alive, self.service.limits.end) => Some(failure),
+            failure = guest.death() => Some(failure),
         };
         match died {
             // Then its machine has a reason, and that is the one to tell.
-            Some(PodFailure::AgentLost) => Err(machine_end(&machine, self.service.limits.end)
-                .await
-                .unwrap_or(PodFailure::AgentLost)),
+            Some(PodFailure::AgentLost) => Err(guest.machine_end().await),
             Some(failure) => Err(failure),
             None => {
                 self.progress_event("Stopping", "stopping the machine");
-                shut_down(&agent, &machine, self.service.limits.end).await;
+                guest.shut_down().await;
                 Ok(())
             }
         }
@@ -420,70 +384,6 @@ impl Pod {
             status.vmm_pid = None;
             status.supervisor_pid = None;
         });
-    }
-}
-
-/// Waits for the agent's word that it is ready.
-async fn agent_ready(
-    machine: &Machine,
-    mut connections: mpsc::Receiver<GuestConnection>,
-    limit: Duration,
-) -> Result<UnixStream, PodFailure> {
-    let ready = async {
-        loop {
-            match connections.recv().await {
-                Some(connection) if connection.port == READY_PORT => return Ok(connection.stream),
-                Some(_) => {}
-                None => return Err(PodFailure::MachineEnded(machine.wait().await)),
-            }
-        }
-    };
-    tokio::select! {
-        ready = timeout(limit, ready) => ready.unwrap_or(Err(PodFailure::AgentNotReady(limit))),
-        reason = machine.wait() => Err(PodFailure::MachineEnded(reason)),
-    }
-}
-
-/// Waits for whatever ends a pod against its will.
-async fn death(
-    machine: &Machine,
-    agent: &Agent,
-    mut alive: UnixStream,
-    limit: Duration,
-) -> PodFailure {
-    let mut nothing = [0; 1];
-    tokio::select! {
-        reason = machine.wait() => PodFailure::MachineEnded(reason),
-        // The agent never says anything on it; if it does, it is not the agent any more.
-        _ = alive.read(&mut nothing) => {
-            machine_end(machine, limit).await.unwrap_or(PodFailure::AgentLost)
-        }
-        ended = agent.wait(Process::Infra) => match ended {
-            Ok(status) => PodFailure::InfraEnded(status),
-            Err(error) => error.into(),
-        },
-    }
-}
-
-/// Why the machine ended, if it ends soon.
-async fn machine_end(machine: &Machine, limit: Duration) -> Option<PodFailure> {
-    timeout(limit, machine.wait())
-        .await
-        .ok()
-        .map(PodFailure::MachineEnded)
-}
-
-/// Lets the guest write what it has in memory and power off, or takes its power.
-async fn shut_down(agent: &Agent, machine: &Machine, limit: Duration) {
-    let power_off = async {
-        // The machine's end is the answer.
-        let _ = agent.shutdown().await;
-        machine.wait().await
-    };
-    if timeout(limit, power_off).await.is_err() {
-        tracing::warn!("the guest did not power off");
-        machine.stop().await;
-        let _ = timeout(limit, machine.wait()).await;
     }
 }
 

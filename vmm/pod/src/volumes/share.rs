@@ -162,6 +162,38 @@ impl Share {
         mounts::attach(&tree, &self.root, &place).doing(doing)
     }
 
+    /// Puts a directory that somebody else has mounted at `rootfs/<name>`, with what is mounted beneath it.
+    ///
+    /// # Errors
+    /// When it can't be mounted there.
+    pub fn bind_root(&self, name: &str, root: &OwnedFd) -> Result<(), VolumeError> {
+        let doing = || format!("binding the root file system {name}");
+        self.root_data(name)?;
+        let tree = mounts::clone_tree(root).doing(doing)?;
+        mounts::set_attributes(tree.as_fd(), GUEST, Propagation::Private).doing(doing)?;
+        let place = format!("{ROOTS}/{name}");
+        self.make_directory(&place).doing(doing)?;
+        mounts::attach(&tree, &self.root, &place).doing(doing)
+    }
+
+    /// Binds a file or directory of the host at `volumes/<name>`.
+    ///
+    /// # Errors
+    /// When it can't be mounted there.
+    pub fn bind_volume(
+        &self,
+        name: &str,
+        source: &OwnedFd,
+        read_only: bool,
+    ) -> Result<(), VolumeError> {
+        let usage = if read_only {
+            Usage::ReadOnly
+        } else {
+            Usage::ReadWrite
+        };
+        self.bind(name, source, usage)
+    }
+
     /// Takes `rootfs/<name>` away, with all that was written in it. That there is
     /// none is no error.
     ///

@@ -1,0 +1,216 @@
+//! A machine with its agent and infra: what the containers of every pod run in, whoever runs them.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hull_machine::client::{GuestConnection, Machine};
+use hull_protocol::READY_PORT;
+use tokio::net::UnixStream;
+use tokio::sync::{Mutex, mpsc};
+use tokio::time::timeout;
+
+use super::failure::PodFailure;
+use super::installation::Installation;
+use super::limits::Limits;
+use super::machine::{SHARE_TAG, spec};
+use super::network::{HostNetwork, PodNetwork};
+use crate::agent::network::Plan;
+use crate::agent::{Agent, GuestInfo, Process};
+use crate::manifest::Bandwidth;
+use crate::oci::{InfraSpec, MachineSize};
+use crate::volumes::{MemoryVolume, Share};
+
+/// All that a machine is started with, but for its network.
+#[derive(Debug)]
+pub struct Boot<'a> {
+    pub installation: &'a Installation,
+    pub limits: Limits,
+    pub size: MachineSize,
+    /// Where the guest's console goes: a pipe that is read.
+    pub console: OwnedFd,
+    pub share: &'a Share,
+    /// Of each of its interfaces.
+    pub bandwidth: Bandwidth,
+}
+
+impl Boot<'_> {
+    /// Starts the machine, with what `network` has for it. It dies when what is returned is dropped.
+    ///
+    /// # Errors
+    /// When a file of Hull's own, KVM or `hull-vmm` says no.
+    pub async fn launch(self, network: &mut HostNetwork) -> Result<Launched, PodFailure> {
+        let spec = spec(
+            self.installation,
+            self.size,
+            self.console,
+            self.share.root(),
+        )?;
+        let spec = network.add_to(spec, self.bandwidth)?;
+        let (machine, connections) = Machine::launch(&self.installation.vmm, spec).await?;
+        Ok(Launched {
+            machine: Arc::new(machine),
+            connections,
+            limits: self.limits,
+        })
+    }
+}
+
+/// A machine that boots.
+#[derive(Debug)]
+pub struct Launched {
+    machine: Arc<Machine>,
+    connections: mpsc::Receiver<GuestConnection>,
+    limits: Limits,
+}
+
+impl Launched {
+    /// Of `hull-vmm`.
+    #[must_use]
+    pub fn pid(&self) -> Option<u32> {
+        u32::try_from(self.machine.pid()).ok()
+    }
+
+    /// Waits until the agent has answered.
+    ///
+    /// # Errors
+    /// When it doesn't in time, or the machine ends.
+    pub async fn meet(self) -> Result<(Guest, GuestInfo), PodFailure> {
+        let Self {
+            machine,
+            connections,
+            limits,
+        } = self;
+        let alive = agent_ready(&machine, connections, limits.agent_ready).await?;
+        let agent = Agent::connect(Arc::<Machine>::clone(&machine), limits.call).await?;
+        let info = agent.hello().await?;
+        let guest = Guest {
+            machine,
+            agent,
+            alive,
+            end: limits.end,
+        };
+        Ok((guest, info))
+    }
+}
+
+/// A machine whose agent has answered.
+#[derive(Debug)]
+pub struct Guest {
+    machine: Arc<Machine>,
+    agent: Agent,
+    /// Open as long as the agent lives.
+    alive: UnixStream,
+    /// See [`Limits::end`].
+    end: Duration,
+}
+
+impl Guest {
+    #[must_use]
+    pub fn machine(&self) -> &Arc<Machine> {
+        &self.machine
+    }
+
+    #[must_use]
+    pub fn agent(&self) -> &Agent {
+        &self.agent
+    }
+
+    /// Makes the pod's namespaces. Once.
+    ///
+    /// # Errors
+    /// When the agent does not.
+    pub async fn start_infra(
+        &self,
+        infra: &InfraSpec,
+        memory_volumes: &[MemoryVolume],
+    ) -> Result<(), PodFailure> {
+        self.agent
+            .start_infra(infra, SHARE_TAG, memory_volumes)
+            .await
+            .map_err(PodFailure::from)
+    }
+
+    /// Gives infra its network, after [`Self::start_infra`].
+    ///
+    /// # Errors
+    /// When the agent does not.
+    pub async fn configure_network(
+        &self,
+        infra: &InfraSpec,
+        network: &HostNetwork,
+    ) -> Result<(), PodFailure> {
+        // A sysctl of an interface that there isn't is an error, in a pod without any, too.
+        let sysctls = !infra.sysctls.is_empty();
+        let plan = network.plan().or_else(|| sysctls.then(Plan::default));
+        if let Some(plan) = plan {
+            self.agent.configure_network(&plan).await?;
+        }
+        Ok(())
+    }
+
+    /// What containers look at when they start.
+    #[must_use]
+    pub fn network(&self, host: &Arc<Mutex<HostNetwork>>) -> PodNetwork {
+        PodNetwork::new(
+            Arc::clone(host),
+            Arc::clone(&self.machine),
+            self.agent.clone(),
+        )
+    }
+
+    /// Waits for whatever ends a pod against its will.
+    pub async fn death(&self) -> PodFailure {
+        tokio::select! {
+            reason = self.machine.wait() => PodFailure::MachineEnded(reason),
+            // The agent never says anything on it; if it does, it is not the agent any more.
+            _ = self.alive.readable() => self.machine_end().await,
+            ended = self.agent.wait(Process::Infra) => match ended {
+                Ok(status) => PodFailure::InfraEnded(status),
+                Err(error) => error.into(),
+            },
+        }
+    }
+
+    /// Why the machine ended, if it ends soon; else that the agent is gone.
+    pub async fn machine_end(&self) -> PodFailure {
+        timeout(self.end, self.machine.wait())
+            .await
+            .map_or(PodFailure::AgentLost, PodFailure::MachineEnded)
+    }
+
+    /// Lets the guest write what it has in memory and power off, or takes its power.
+    pub async fn shut_down(&self) {
+        let power_off = async {
+            // The machine's end is the answer.
+            let _ = self.agent.shutdown().await;
+            self.machine.wait().await
+        };
+        if timeout(self.end, power_off).await.is_err() {
+            tracing::warn!("the guest did not power off");
+            self.machine.stop().await;
+            let _ = timeout(self.end, self.machine.wait()).await;
+        }
+    }
+}
+
+/// Waits for the agent's word that it is ready.
+async fn agent_ready(
+    machine: &Machine,
+    mut connections: mpsc::Receiver<GuestConnection>,
+    limit: Duration,
+) -> Result<UnixStream, PodFailure> {
+    let ready = async {
+        loop {
+            match connections.recv().await {
+                Some(connection) if connection.port == READY_PORT => return Ok(connection.stream),
+                Some(_) => {}
+                None => return Err(PodFailure::MachineEnded(machine.wait().await)),
+            }
+        }
+    };
+    tokio::select! {
+        ready = timeout(limit, ready) => ready.unwrap_or(Err(PodFailure::AgentNotReady(limit))),
+        reason = machine.wait() => Err(PodFailure::MachineEnded(reason)),
+    }
+}

@@ -1,0 +1,81 @@
+//! Why a call failed, as containerd understands it.
+
+use hull_pod::agent::AgentError;
+use hull_pod::supervisor::{PodFailure, RewireError};
+use hull_pod::text::chain;
+use hull_pod::volumes::VolumeError;
+use ttrpc::Code;
+
+use crate::bundle::BundleError;
+use crate::hooks::HookError;
+use crate::logger::LoggerError;
+use crate::spec::SpecError;
+use crate::streams::StreamError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum TaskError {
+    #[error("there is no container {0:?} here")]
+    NoTask(String),
+    #[error("container {container:?} has no process {exec:?}")]
+    NoExec { container: String, exec: String },
+    #[error("{0:?} is here already")]
+    Exists(String),
+    /// What containerd takes for "it is done".
+    #[error("{0:?} has ended: process already finished")]
+    Ended(String),
+    #[error("{id:?} is {is}, and would have to be {must}")]
+    State {
+        id: String,
+        is: &'static str,
+        must: &'static str,
+    },
+    #[error("{0}")]
+    Unsupported(String),
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error("reading what is to be run")]
+    Process(#[from] serde_json::Error),
+    #[error(transparent)]
+    Hook(#[from] HookError),
+    #[error(transparent)]
+    Logger(#[from] LoggerError),
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    #[error("{doing}")]
+    Io {
+        doing: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
+    #[error("the pod's network")]
+    Network(#[from] RewireError),
+    #[error(transparent)]
+    Pod(#[from] PodFailure),
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    #[error("a task of the shim")]
+    Task(#[from] tokio::task::JoinError),
+}
+
+impl TaskError {
+    fn code(&self) -> Code {
+        match self {
+            Self::NoTask(_) | Self::NoExec { .. } | Self::Ended(_) => Code::NOT_FOUND,
+            Self::Exists(_) => Code::ALREADY_EXISTS,
+            Self::State { .. } => Code::FAILED_PRECONDITION,
+            Self::Unsupported(_) => Code::UNIMPLEMENTED,
+            Self::Bundle(_) | Self::Spec(_) | Self::Process(_) => Code::INVALID_ARGUMENT,
+            _ => Code::UNKNOWN,
+        }
+    }
+}
+
+impl From<TaskError> for ttrpc::Error {
+    fn from(error: TaskError) -> Self {
+        Self::RpcStatus(ttrpc::get_status(error.code(), chain(&error)))
+    }
+}

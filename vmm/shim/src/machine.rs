@@ -1,0 +1,332 @@
+//! The pod of a shim: one machine, with infra and containers.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+
+use async_trait::async_trait;
+use hull_pod::agent::{Agent, AgentError, ExitStatus, Process, Stdio};
+use hull_pod::manifest::Bandwidth;
+use hull_pod::network::Namespace;
+use hull_pod::supervisor::api::{Exec, Size};
+use hull_pod::supervisor::{
+    Boot, Console, Guest, HostNetwork, Installation, Limits, PodFailure, PodNetwork,
+};
+use hull_pod::text::chain;
+use hull_pod::volumes::{NetworkFacts, Share};
+use rustix::fs::{CWD, Mode, OFlags};
+use tokio::sync::{Mutex, watch};
+use tokio::time::timeout;
+
+use crate::bundle::Bundle;
+use crate::failure::TaskError;
+use crate::pod::{Pod, RootMount};
+use crate::{mounts, spec};
+
+/// So many lines of the guest's console are told with a boot that failed.
+const CONSOLE_TAIL: usize = 10;
+const SIGKILL: u32 = 9;
+/// Until somebody says how large theirs is.
+const TERMINAL: Size = Size {
+    columns: 80,
+    rows: 24,
+};
+
+/// A pod in a machine, once it has begun.
+#[derive(Debug)]
+pub struct MachinePod {
+    limits: Limits,
+    /// The pod's network namespace, which this process is in. None: the host's, which a machine can't have.
+    namespace: Option<Namespace>,
+    /// Held while the machine is taken down.
+    ending: Arc<Mutex<()>>,
+    up: watch::Sender<Option<Arc<Up>>>,
+}
+
+/// A machine that runs.
+#[derive(Debug)]
+struct Up {
+    guest: Guest,
+    share: Arc<Share>,
+    volumes: StdMutex<Volumes>,
+    host: Arc<Mutex<HostNetwork>>,
+    network: PodNetwork,
+    _console: Console,
+}
+
+/// What of the host is bound into the share.
+///
+/// The same file or directory is bound once, so that all containers have the same inodes of it; but what was bound
+/// read-only first, and is then to be written, is bound again.
+#[derive(Debug, Default)]
+struct Volumes {
+    /// By device and inode: the volume's name, and whether it is read-only.
+    bound: HashMap<(u64, u64), (String, bool)>,
+    count: u32,
+}
+
+impl MachinePod {
+    #[must_use]
+    pub fn new(limits: Limits, namespace: Option<Namespace>) -> Self {
+        Self {
+            limits,
+            namespace,
+            ending: Arc::default(),
+            up: watch::Sender::new(None),
+        }
+    }
+
+    fn up(&self) -> Result<Arc<Up>, TaskError> {
+        let up = self.up.borrow().clone();
+        up.ok_or_else(|| PodFailure::Stopped.into())
+    }
+
+    fn agent(&self) -> Result<Agent, TaskError> {
+        Ok(self.up()?.guest.agent().clone())
+    }
+
+    async fn boot(
+        &self,
+        id: &str,
+        bundle: &Bundle,
+        console: &mut Option<Console>,
+    ) -> Result<Up, TaskError> {
+        let namespace = self
+            .namespace
+            .as_ref()
+            .ok_or_else(|| {
+                TaskError::Unsupported(
+                    "the host's network can't be given to a machine; a pod of Hull needs one of its own \
+                     (no hostNetwork, no --net-host)"
+                        .into(),
+                )
+            })?
+            .try_clone()
+            .map_err(PodFailure::from)?;
+        let installation = Installation::find().map_err(PodFailure::from)?;
+        let size = spec::size(&bundle.spec);
+        let infra = spec::infra(&bundle.spec, id);
+        let directory = bundle.path.clone();
+        let (share, host) = tokio::task::spawn_blocking(move || {
+            let place = directory.join("share");
+            mounts::make_directory(&place)?;
+            let share = Share::create(&place, &directory.join("data"))?;
+            let host = HostNetwork::join(namespace, NetworkFacts::default(), size.vcpus)?;
+            Ok::<_, TaskError>((Arc::new(share), host))
+        })
+        .await??;
+        let (reader, pipe) =
+            Console::open(&bundle.path.join("console.log")).map_err(PodFailure::from)?;
+        *console = Some(reader);
+        let host = Arc::new(Mutex::new(host));
+        let mut network = host.lock().await;
+        let boot = Boot {
+            installation: &installation,
+            limits: self.limits,
+            size,
+            console: pipe,
+            share: &share,
+            bandwidth: Bandwidth::default(),
+        };
+        let (guest, info) = boot.launch(&mut network).await?.meet().await?;
+        tracing::info!(
+            kernel = info.kernel_release,
+            agent = info.agent_version,
+            "the guest is up"
+        );
+        guest.start_infra(&infra, &[]).await?;
+        guest.configure_network(&infra, &network).await?;
+        drop(network);
+        Ok(Up {
+            network: guest.network(&host),
+            guest,
+            share,
+            volumes: StdMutex::default(),
+            host,
+            _console: console.take().ok_or(PodFailure::Stopped)?,
+        })
+    }
+}
+
+/// Takes a machine down, and what is on the host for it. Whoever comes later finds that it is done.
+async fn take_down(up: &watch::Sender<Option<Arc<Up>>>, ending: &Mutex<()>, machine: &Up) {
+    let _ending = ending.lock().await;
+    let is_it = |known: &Arc<Up>| std::ptr::eq(Arc::as_ptr(known), machine);
+    if !up.borrow().as_ref().is_some_and(is_it) {
+        return;
+    }
+    machine.guest.shut_down().await;
+    machine.guest.machine().kill();
+    machine.guest.machine().wait().await;
+    let mut network = Arc::clone(&machine.host).lock_owned().await;
+    if let Err(error) = tokio::task::spawn_blocking(move || network.take_down()).await {
+        tracing::error!(error = chain(&error), "giving the pod's interfaces back");
+    }
+    up.send_replace(None);
+}
+
+#[async_trait]
+impl Pod for MachinePod {
+    async fn begin(&self, id: &str, bundle: &Bundle) -> Result<(), TaskError> {
+        let mut console = None;
+        let machine = match self.boot(id, bundle, &mut console).await {
+            Ok(machine) => Arc::new(machine),
+            Err(error) => {
+                tracing::error!(error = chain(&error), "the machine did not start");
+                if let Some(mut console) = console {
+                    console.drain(self.limits.drain).await;
+                    for line in console.tail(CONSOLE_TAIL) {
+                        tracing::error!(line, "the guest's console");
+                    }
+                }
+                return Err(error);
+            }
+        };
+        self.up.send_replace(Some(Arc::clone(&machine)));
+        let (up, ending) = (self.up.clone(), Arc::clone(&self.ending));
+        tokio::spawn(async move {
+            let reason = machine.guest.death().await;
+            tracing::warn!(error = chain(&reason), "the machine has ended");
+            take_down(&up, &ending, &machine).await;
+        });
+        Ok(())
+    }
+
+    async fn create(
+        &self,
+        name: &str,
+        bundle: &Bundle,
+        root: &[RootMount],
+        stdin: bool,
+    ) -> Result<Stdio, TaskError> {
+        let machine = self.up()?;
+        let (prepared, container) = {
+            let (machine, bundle) = (Arc::clone(&machine), bundle.clone());
+            let (name, root) = (name.to_owned(), root.to_vec());
+            tokio::task::spawn_blocking(move || {
+                mounts::root(&machine.share, &name, &bundle, &root)?;
+                let container = spec::container(&bundle.spec, stdin, |source, read_only| {
+                    machine.bind(source, read_only)
+                });
+                if container.is_err() {
+                    machine.unmount(&name);
+                }
+                Ok::<_, TaskError>((name, container?))
+            })
+            .await??
+        };
+        let made = async {
+            let tty = container.tty.then_some(TERMINAL);
+            let agent = machine.guest.agent();
+            let stdio = agent.open_stdio(stdin, tty).await?;
+            agent
+                .create_container(name, &container, &format!("rootfs/{prepared}"), &stdio)
+                .await?;
+            Ok(stdio)
+        }
+        .await;
+        if made.is_err() {
+            let name = prepared;
+            tokio::task::spawn_blocking(move || machine.unmount(&name)).await?;
+        }
+        made
+    }
+
+    async fn start(&self, name: &str) -> Result<(), TaskError> {
+        let machine = self.up()?;
+        machine.network.look_again().await?;
+        Ok(machine.guest.agent().start_container(name).await?)
+    }
+
+    async fn exec(&self, exec: &str, what: &Exec) -> Result<Stdio, TaskError> {
+        let agent = self.agent()?;
+        let stdio = agent.open_stdio(what.stdin, what.tty).await?;
+        agent.exec(exec, what, &stdio).await?;
+        Ok(stdio)
+    }
+
+    async fn wait(&self, process: Process<'_>) -> Result<ExitStatus, TaskError> {
+        Ok(self.agent()?.wait(process).await?)
+    }
+
+    async fn signal(&self, process: Process<'_>, signal: u32, all: bool) -> Result<(), TaskError> {
+        Ok(self.agent()?.signal(process, signal, all).await?)
+    }
+
+    async fn resize(&self, process: Process<'_>, size: Size) -> Result<(), TaskError> {
+        Ok(self.agent()?.resize(process, size).await?)
+    }
+
+    async fn processes(&self, name: &str) -> Result<Vec<u32>, TaskError> {
+        Ok(self.agent()?.processes(name).await?)
+    }
+
+    async fn remove(&self, name: &str) -> Result<(), TaskError> {
+        let Some(machine) = self.up.borrow().clone() else {
+            // It is gone with its machine.
+            return Ok(());
+        };
+        let agent = machine.guest.agent();
+        // One that was never started has a process that waits.
+        let _ = agent.signal(Process::Container(name), SIGKILL, true).await;
+        let ended = agent.wait(Process::Container(name));
+        match timeout(self.limits.end, ended).await {
+            // Whether it is gone the agent tells when it removes it.
+            Ok(Ok(_) | Err(AgentError::Refused { .. })) | Err(_) => {}
+            Ok(Err(error)) => return Err(error.into()),
+        }
+        let removed = agent.remove_container(name).await;
+        let name = name.to_owned();
+        tokio::task::spawn_blocking(move || machine.unmount(&name)).await?;
+        Ok(removed?)
+    }
+
+    async fn remove_exec(&self, container: &str, exec: &str) -> Result<(), TaskError> {
+        Ok(self.agent()?.remove_exec(container, exec).await?)
+    }
+
+    async fn ended(&self) {
+        // The sender is in `self`.
+        let _ = self.up.subscribe().wait_for(Option::is_none).await;
+    }
+
+    async fn shut_down(&self) {
+        let machine = self.up.borrow().clone();
+        if let Some(machine) = machine {
+            take_down(&self.up, &self.ending, &machine).await;
+        }
+    }
+}
+
+impl Up {
+    /// Binds a file or directory into the share, if it isn't there yet, and says as which volume.
+    fn bind(&self, source: &Path, read_only: bool) -> Result<String, TaskError> {
+        let doing = || format!("opening {} for a container", source.display());
+        let io_error = |error: rustix::io::Errno| TaskError::Io {
+            doing: doing(),
+            source: error.into(),
+        };
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(CWD, source, flags, Mode::empty()).map_err(io_error)?;
+        let status = rustix::fs::fstat(&fd).map_err(io_error)?;
+        let key = (status.st_dev, status.st_ino);
+        let mut volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((name, bound_read_only)) = volumes.bound.get(&key)
+            && (read_only || !bound_read_only)
+        {
+            return Ok(name.clone());
+        }
+        volumes.count += 1;
+        let name = format!("v{}", volumes.count);
+        self.share.bind_volume(&name, &fd, read_only)?;
+        volumes.bound.insert(key, (name.clone(), read_only));
+        Ok(name)
+    }
+
+    /// What can't be unmounted goes with the process's mount namespace.
+    fn unmount(&self, name: &str) {
+        if let Err(error) = self.share.unmount_root(name) {
+            tracing::warn!(name, error = chain(&error), "removing a root file system");
+        }
+    }
+}

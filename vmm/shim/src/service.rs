@@ -1,0 +1,243 @@
+//! containerd's task API, versions 2 and 3, which differ in nothing but their names.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::{
+    CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
+    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PidsRequest,
+    PidsResponse, ProcessInfo, ResizePtyRequest, ShutdownRequest, StartRequest, StartResponse,
+    StateRequest, StateResponse, Status, WaitRequest, WaitResponse,
+};
+use containerd_shim_protos::shim_async::{Task, create_task};
+use hull_pod::supervisor::api::Size;
+use ttrpc::r#async::{Service, TtrpcContext};
+
+use crate::events::timestamp;
+use crate::failure::TaskError;
+use crate::managed::State;
+use crate::streams::Places;
+use crate::tasks::{New, Tasks};
+
+const V2: &str = "containerd.task.v2.Task";
+/// Bounds what a specification of an exec may be.
+const PROCESS_MAX: usize = 1 << 20;
+
+/// For a ttrpc server.
+#[must_use]
+pub fn services(tasks: &Arc<Tasks>) -> HashMap<String, Service> {
+    let service = || {
+        create_task(Arc::new(TaskService {
+            tasks: Arc::clone(tasks),
+        }))
+    };
+    let mut all = service();
+    all.extend(service().into_values().map(|v3| (V2.to_owned(), v3)));
+    all
+}
+
+struct TaskService {
+    tasks: Arc<Tasks>,
+}
+
+impl TaskService {
+    /// Does it to its end, although containerd may go meanwhile and take the connection along.
+    async fn whole<T, W>(&self, work: impl FnOnce(Arc<Tasks>) -> W) -> Result<T, TaskError>
+    where
+        T: Send + 'static,
+        W: Future<Output = Result<T, TaskError>> + Send + 'static,
+    {
+        tokio::spawn(work(Arc::clone(&self.tasks))).await?
+    }
+}
+
+/// The host's process that stands for all of the pod's: it is in the pod's network namespace.
+fn pid() -> u32 {
+    std::process::id()
+}
+
+#[async_trait]
+impl Task for TaskService {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: CreateTaskRequest,
+    ) -> ttrpc::Result<CreateTaskResponse> {
+        if !request.checkpoint.is_empty() {
+            let no = "a container can't be restored from a checkpoint";
+            return Err(TaskError::Unsupported(no.into()).into());
+        }
+        let new = New {
+            id: request.id,
+            bundle: request.bundle.into(),
+            root: request.rootfs,
+            places: Places {
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+                terminal: request.terminal,
+            },
+        };
+        self.whole(|tasks| async move { tasks.create(new).await })
+            .await?;
+        Ok(CreateTaskResponse {
+            pid: pid(),
+            ..Default::default()
+        })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        self.whole(|tasks| async move { tasks.start(&request.id, &request.exec_id).await })
+            .await?;
+        Ok(StartResponse {
+            pid: pid(),
+            ..Default::default()
+        })
+    }
+
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        request: DeleteRequest,
+    ) -> ttrpc::Result<DeleteResponse> {
+        let exit = self
+            .whole(|tasks| async move { tasks.delete(&request.id, &request.exec_id).await })
+            .await?;
+        Ok(DeleteResponse {
+            pid: pid(),
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        let (task, process) = self.tasks.look(&request.id, &request.exec_id)?;
+        let places = process.places.clone();
+        let mut response = StateResponse {
+            id: request.id,
+            exec_id: request.exec_id,
+            bundle: task.bundle.display().to_string(),
+            pid: pid(),
+            stdin: places.stdin,
+            stdout: places.stdout,
+            stderr: places.stderr,
+            terminal: places.terminal,
+            ..Default::default()
+        };
+        let status = match process.state() {
+            State::Created => Status::CREATED,
+            State::Running => Status::RUNNING,
+            State::Ended(exit) => {
+                response.exit_status = exit.status;
+                response.exited_at = Some(timestamp(exit.at)).into();
+                Status::STOPPED
+            }
+        };
+        response.status = status.into();
+        Ok(response)
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        let pids = self.tasks.processes(&request.id).await?;
+        let processes = pids.into_iter().map(|pid| ProcessInfo {
+            pid,
+            ..Default::default()
+        });
+        Ok(PidsResponse {
+            processes: processes.collect(),
+            ..Default::default()
+        })
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        let KillRequest {
+            id,
+            exec_id,
+            signal,
+            all,
+            ..
+        } = request;
+        self.whole(|tasks| async move { tasks.kill(&id, &exec_id, signal, all).await })
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let spec = request.spec.value.as_slice();
+        if spec.len() > PROCESS_MAX {
+            let no = format!("what is to be run is longer than {PROCESS_MAX} bytes");
+            return Err(TaskError::Unsupported(no).into());
+        }
+        let process = serde_json::from_slice(spec).map_err(TaskError::from)?;
+        let places = Places {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+        };
+        self.tasks
+            .exec(&request.id, &request.exec_id, places, &process)
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn resize_pty(
+        &self,
+        _: &TtrpcContext,
+        request: ResizePtyRequest,
+    ) -> ttrpc::Result<Empty> {
+        let size = Size {
+            columns: u16::try_from(request.width).unwrap_or(u16::MAX),
+            rows: u16::try_from(request.height).unwrap_or(u16::MAX),
+        };
+        self.tasks
+            .resize(&request.id, &request.exec_id, size)
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: CloseIORequest) -> ttrpc::Result<Empty> {
+        if request.stdin {
+            self.tasks.close_stdin(&request.id, &request.exec_id)?;
+        }
+        Ok(Empty::default())
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let exit = self.tasks.wait(&request.id, &request.exec_id).await?;
+        Ok(WaitResponse {
+            exit_status: exit.status,
+            exited_at: Some(timestamp(exit.at)).into(),
+            ..Default::default()
+        })
+    }
+
+    async fn connect(
+        &self,
+        _: &TtrpcContext,
+        request: ConnectRequest,
+    ) -> ttrpc::Result<ConnectResponse> {
+        let known = self.tasks.look(&request.id, "").is_ok();
+        Ok(ConnectResponse {
+            shim_pid: pid(),
+            task_pid: if known { pid() } else { 0 },
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
+        let now = request.now;
+        self.whole(|tasks| async move {
+            tasks.shut_down(now).await;
+            Ok(())
+        })
+        .await?;
+        Ok(Empty::default())
+    }
+}
+
+#[cfg(test)]
+#[path = "service_tests.rs"]
+mod tests;
