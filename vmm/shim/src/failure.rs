@@ -64,6 +64,32 @@ pub enum TaskError {
 }
 
 impl TaskError {
+    /// Whether the guest has said no, or there was none to ask.
+    #[must_use]
+    pub fn is_answer(&self) -> bool {
+        match self {
+            Self::Agent(error) => matches!(error, AgentError::Refused { .. }),
+            _ => true,
+        }
+    }
+
+    /// Whether what was asked of a process came after its end.
+    #[must_use]
+    pub fn is_too_late(&self) -> bool {
+        match self {
+            Self::Agent(error) => matches!(
+                error,
+                AgentError::Lost
+                    | AgentError::Refused {
+                        code: Code::FAILED_PRECONDITION,
+                        ..
+                    }
+            ),
+            Self::Pod(PodFailure::Stopped) => true,
+            _ => false,
+        }
+    }
+
     fn code(&self) -> Code {
         match self {
             Self::NoTask(_) | Self::NoExec { .. } | Self::Ended(_) => Code::NOT_FOUND,

@@ -178,7 +178,7 @@ async fn run(
         binary: arguments.publish_binary.clone(),
     });
     let pod = Arc::new(MachinePod::new(limits, namespace));
-    let tasks = Tasks::new(pod, host, events.clone(), limits.drain);
+    let tasks = Tasks::new(pod, host, events.clone(), limits);
     let listener = Listener::try_from(listener).map_err(io_error("taking the socket"))?;
     let mut server = Server::new()
         .register_service(services(&tasks))
