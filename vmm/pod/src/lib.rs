@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod client;
+pub mod configuration;
 pub mod events;
 pub mod images;
 pub mod logs;

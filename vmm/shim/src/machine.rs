@@ -6,11 +6,12 @@ use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 
 use async_trait::async_trait;
 use hull_pod::agent::{Agent, AgentError, ExitStatus, Process, Stdio};
+use hull_pod::configuration::Configuration;
 use hull_pod::manifest::Bandwidth;
-use hull_pod::network::Namespace;
+use hull_pod::network::{Namespace, VhostNet};
 use hull_pod::supervisor::api::{Exec, Size};
 use hull_pod::supervisor::{
-    Boot, Console, Guest, HostNetwork, Installation, Limits, PodFailure, PodNetwork,
+    Boot, Console, Guest, HostNetwork, Installation, Limits, PodFailure, PodNetwork, Queues,
 };
 use hull_pod::text::chain;
 use hull_pod::volumes::{NetworkFacts, Share};
@@ -35,6 +36,7 @@ const TERMINAL: Size = Size {
 /// A pod in a machine, once it has begun.
 #[derive(Debug)]
 pub struct MachinePod {
+    configuration: Configuration,
     limits: Limits,
     /// The pod's network namespace, which this process is in. None: the host's, which a machine can't have.
     namespace: Option<Namespace>,
@@ -67,9 +69,10 @@ struct Volumes {
 
 impl MachinePod {
     #[must_use]
-    pub fn new(limits: Limits, namespace: Option<Namespace>) -> Self {
+    pub fn new(configuration: Configuration, namespace: Option<Namespace>) -> Self {
         Self {
-            limits,
+            limits: Limits::of(&configuration),
+            configuration,
             namespace,
             ending: Arc::default(),
             up: watch::Sender::new(None),
@@ -103,15 +106,19 @@ impl MachinePod {
             })?
             .try_clone()
             .map_err(PodFailure::from)?;
-        let installation = Installation::find().map_err(PodFailure::from)?;
-        let size = spec::size(&bundle.spec);
+        let installation = Installation::find(&self.configuration).map_err(PodFailure::from)?;
+        let size = spec::size(&bundle.spec, self.configuration.sizing);
+        let queues = Queues {
+            vcpus: size.vcpus,
+            vhost: VhostNet::of(&self.configuration).map_err(PodFailure::from)?,
+        };
         let infra = spec::infra(&bundle.spec, id);
         let directory = bundle.path.clone();
         let (share, host) = tokio::task::spawn_blocking(move || {
             let place = directory.join("share");
             mounts::make_directory(&place)?;
             let share = Share::create(&place, &directory.join("data"))?;
-            let host = HostNetwork::join(namespace, NetworkFacts::default(), size.vcpus)?;
+            let host = HostNetwork::join(namespace, NetworkFacts::default(), queues)?;
             Ok::<_, TaskError>((Arc::new(share), host))
         })
         .await??;

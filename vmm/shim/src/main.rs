@@ -15,6 +15,7 @@ mod logger;
 mod machine;
 mod managed;
 mod mounts;
+mod options;
 mod pod;
 mod serve;
 mod service;

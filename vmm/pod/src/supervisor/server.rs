@@ -219,6 +219,7 @@ pub(super) fn refusal(error: &AgentError) -> Reply {
 mod tests {
     use super::*;
     use crate::client::{Client, ClientError};
+    use crate::configuration::Configuration;
     use crate::state::{Claim, ContainerStatus, Directories, Phase, Registry};
     use crate::supervisor::api::{Exec, Join};
 
@@ -238,7 +239,7 @@ mod tests {
             pause: Arc::new(Pause::new(Arc::clone(&record), stop.clone())),
             record,
             stop,
-            limits: Limits::from_environment(),
+            limits: Limits::of(&Configuration::default()),
             agent: OnceLock::new(),
             joins: OnceLock::new(),
         });
