@@ -10,6 +10,7 @@
     reason = "a test helper reports by panicking"
 )]
 
+pub mod containerd;
 pub mod host;
 pub mod hull;
 pub mod network;

@@ -28,7 +28,7 @@ use self::answers::{Answers, Pending};
 pub use self::spec::{MachineSpec, NetSpec};
 use crate::channel::{self, AsyncChannel, Channel, ChannelError};
 use crate::config::TapDescriptors;
-use crate::control::{ConnectRefused, Event, ExitReason, PlugRefused, Request};
+use crate::control::{ConnectRefused, DiskRefused, Event, ExitReason, PlugRefused, Request};
 use crate::warnings::WARNING_CHARS;
 
 /// Guest connections that wait for the supervisor; more are closed at once.
@@ -99,6 +99,19 @@ pub enum PlugError {
     Ended(#[source] ExitReason),
 }
 
+/// Why a disk is not changed.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    #[error("disk {index} of the machine")]
+    Refused {
+        index: u8,
+        #[source]
+        source: DiskRefused,
+    },
+    #[error(transparent)]
+    Asking(#[from] AskError),
+}
+
 /// Why `hull-vmm` didn't do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
@@ -134,6 +147,7 @@ pub struct Machine {
     process: Arc<AsyncFd<OwnedFd>>,
     connects: Arc<Answers<ConnectRefused>>,
     plugs: Arc<Answers<PlugRefused>>,
+    disks: Arc<Answers<DiskRefused>>,
     pauses: Arc<Answers<Infallible>>,
     ended: watch::Receiver<Option<ExitReason>>,
 }
@@ -157,6 +171,7 @@ impl Machine {
 
         let connects = Arc::new(Answers::default());
         let plugs = Arc::new(Answers::default());
+        let disks = Arc::new(Answers::default());
         let pauses = Arc::new(Answers::default());
         let (running, runs) = oneshot::channel();
         let (guest_connections, accepted) = mpsc::channel(WAITING_CONNECTIONS);
@@ -166,6 +181,7 @@ impl Machine {
             process: Arc::clone(&process),
             connects: Arc::clone(&connects),
             plugs: Arc::clone(&plugs),
+            disks: Arc::clone(&disks),
             pauses: Arc::clone(&pauses),
             running: Some(running),
             guest_connections,
@@ -179,6 +195,7 @@ impl Machine {
             process,
             connects,
             plugs,
+            disks,
             pauses,
             ended,
         };
@@ -233,6 +250,41 @@ impl Machine {
         let borrowed: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
         let plugged = self.ask(pending, &request, &borrowed).await?;
         plugged.map_err(|source| PlugError::Refused { index, source })
+    }
+
+    /// Puts a disk, a regular file or a block device, into a slot; `index` counts the calls of [`MachineSpec::block`]
+    /// and [`MachineSpec::disk_slot`] from 0. The guest's driver is told when there is one.
+    ///
+    /// # Errors
+    /// When there is no such slot, it has a disk, the descriptor is none of a disk, or the machine has ended.
+    pub async fn insert_disk(
+        &self,
+        index: u8,
+        disk: BorrowedFd<'_>,
+        read_only: bool,
+    ) -> Result<(), DiskError> {
+        let pending = self.disks.begin();
+        let request = Request::InsertDisk {
+            id: pending.id,
+            index,
+            read_only,
+        };
+        let inserted = self.ask(pending, &request, &[disk]).await?;
+        inserted.map_err(|source| DiskError::Refused { index, source })
+    }
+
+    /// Takes the disk out of a slot, if there is one. When this returns the guest writes to it no more.
+    ///
+    /// # Errors
+    /// When there is no such slot, or the machine has ended.
+    pub async fn eject_disk(&self, index: u8) -> Result<(), DiskError> {
+        let pending = self.disks.begin();
+        let request = Request::EjectDisk {
+            id: pending.id,
+            index,
+        };
+        let ejected = self.ask(pending, &request, &[]).await?;
+        ejected.map_err(|source| DiskError::Refused { index, source })
     }
 
     /// Stops the guest's processors, and returns when they stand. Devices go on with what they were asked to do,
@@ -382,6 +434,7 @@ struct Follower {
     process: Arc<AsyncFd<OwnedFd>>,
     connects: Arc<Answers<ConnectRefused>>,
     plugs: Arc<Answers<PlugRefused>>,
+    disks: Arc<Answers<DiskRefused>>,
     pauses: Arc<Answers<Infallible>>,
     running: Option<oneshot::Sender<()>>,
     guest_connections: mpsc::Sender<GuestConnection>,
@@ -427,6 +480,7 @@ impl Follower {
             },
             Event::Connected { id, result } => self.connects.finish(id, result),
             Event::Plugged { id, result } => self.plugs.finish(id, result),
+            Event::DiskChanged { id, result } => self.disks.finish(id, result),
             Event::Paused { id } | Event::Resumed { id } => self.pauses.finish(id, Ok(())),
             Event::GuestConnection { port } => {
                 if let Some(stream) = descriptors.pop().and_then(|fd| stream(fd).ok()) {

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FdIndex(pub u16);
 
-/// A machine, whole and before its first instruction. Nothing is added later.
+/// A machine, whole and before its first instruction. No device is added later: a tap or a disk comes
+/// into one that is here.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MachineConfig {
     /// Virtual processors, 1 to 64.
@@ -38,7 +39,11 @@ impl MachineConfig {
         // /dev/kvm, the kernel and the console's output.
         3 + usize::from(self.initramfs.is_some())
             + self.shares.len()
-            + self.blocks.len()
+            + self
+                .blocks
+                .iter()
+                .filter(|block| block.disk.is_some())
+                .count()
             + taps.map(TapConfig::descriptors).sum::<usize>()
     }
 }
@@ -81,7 +86,9 @@ pub enum CachePolicy {
 pub struct BlockConfig {
     /// `VIRTIO_BLK_T_GET_ID` answer, at most 20 bytes.
     pub id: String,
-    pub disk: FdIndex,
+    /// None: a slot, of no sectors until a disk is put in ([`crate::control::Request::InsertDisk`]).
+    pub disk: Option<FdIndex>,
+    /// What the driver is told. A disk that is put in later is read-only or not by itself.
     pub read_only: bool,
 }
 

@@ -19,6 +19,12 @@ pub enum Request {
     /// Bring a network interface up, by its place among [`MachineConfig::nets`].
     /// Attached: the descriptors that `tap` names, by their place in this message. Answered by [`Event::Plugged`].
     PlugNet { id: u64, index: u8, tap: TapConfig },
+    /// Put a disk into an empty slot, by its place among [`MachineConfig::blocks`]. Attached: the disk, a regular file
+    /// or a block device. Answered by [`Event::DiskChanged`].
+    InsertDisk { id: u64, index: u8, read_only: bool },
+    /// Take the disk out of a slot; an empty one stays so. Answered by [`Event::DiskChanged`], when nothing is written
+    /// to it any more.
+    EjectDisk { id: u64, index: u8 },
     /// Keep the processors out of the guest. Answered by [`Event::Paused`] when they are.
     Pause { id: u64 },
     /// Let them go on. Answered by [`Event::Resumed`].
@@ -31,9 +37,9 @@ impl Message for Request {
     fn descriptors(&self) -> usize {
         match self {
             Self::Boot(config) => config.descriptors(),
-            Self::Connect { .. } => 1,
+            Self::Connect { .. } | Self::InsertDisk { .. } => 1,
             Self::PlugNet { tap, .. } => tap.descriptors(),
-            Self::Pause { .. } | Self::Resume { .. } | Self::Stop => 0,
+            Self::EjectDisk { .. } | Self::Pause { .. } | Self::Resume { .. } | Self::Stop => 0,
         }
     }
 }
@@ -56,6 +62,11 @@ pub enum Event {
         id: u64,
         result: Result<(), PlugRefused>,
     },
+    /// How [`Request::InsertDisk`] or [`Request::EjectDisk`] went.
+    DiskChanged {
+        id: u64,
+        result: Result<(), DiskRefused>,
+    },
     /// No processor is in the guest.
     Paused { id: u64 },
     /// The processors go on.
@@ -75,6 +86,7 @@ impl Message for Event {
             Self::Running
             | Self::Connected { .. }
             | Self::Plugged { .. }
+            | Self::DiskChanged { .. }
             | Self::Paused { .. }
             | Self::Resumed { .. }
             | Self::Warning(_)
@@ -109,6 +121,17 @@ pub enum PlugRefused {
     Descriptors,
     #[error("setting the tap up: {}", std::io::Error::from_raw_os_error(*.errno))]
     Tap { errno: i32 },
+}
+
+/// Why a disk was not put in or taken out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum DiskRefused {
+    #[error("the machine has no such disk")]
+    NoSlot,
+    #[error("there is a disk already")]
+    Occupied,
+    #[error("it is no regular file or block device: {}", std::io::Error::from_raw_os_error(*.errno))]
+    Disk { errno: i32 },
 }
 
 /// Why a machine ended.

@@ -23,8 +23,8 @@ use crate::boot::{acpi, kernel, pvh, reset};
 use crate::config::{
     BlockConfig, FdIndex, MachineConfig, NetConfig, ShareConfig, TapConfig, TapDescriptors,
 };
-use crate::control::{ConnectRefused, ExitReason, PlugRefused};
-use crate::devices::block::Block;
+use crate::control::{ConnectRefused, DiskRefused, ExitReason, PlugRefused};
+use crate::devices::block::{Block, BlockHandle};
 use crate::devices::console::Console;
 use crate::devices::fs::{FileSystem, FsConfig, FsError};
 use crate::devices::net::{Net, NetError, NetHandle};
@@ -124,6 +124,7 @@ pub struct Machine {
     gate: Gate,
     pci: Arc<PciRoot>,
     vsock: Option<VsockHandle>,
+    blocks: Vec<BlockHandle>,
     nets: Vec<NetHandle>,
     ready: Vec<Vcpu>,
     running: Vec<Running>,
@@ -161,6 +162,7 @@ impl Machine {
             gate: Gate::default(),
             pci: Arc::new(pci),
             vsock: handles.vsock,
+            blocks: handles.blocks,
             nets: handles.nets,
             ready: Vcpu::create_all(&vm, config.vcpus, entry)?,
             running: Vec::new(),
@@ -212,6 +214,34 @@ impl Machine {
         let mut descriptors = Descriptors::new(descriptors);
         let tap = tap_descriptors(tap, &mut descriptors).map_err(|_| PlugRefused::Descriptors)?;
         net.plug(tap)
+    }
+
+    /// Puts a disk into a slot, by its place in the configuration.
+    ///
+    /// # Errors
+    /// When there is no such slot, it has a disk, or the descriptor is none of a disk.
+    pub fn insert_disk(
+        &self,
+        index: u8,
+        disk: OwnedFd,
+        read_only: bool,
+    ) -> Result<(), DiskRefused> {
+        self.block(index)?.insert(disk, read_only)
+    }
+
+    /// Takes the disk out of a slot, and returns when nothing is written to it any more.
+    ///
+    /// # Errors
+    /// When there is no such slot.
+    pub fn eject_disk(&self, index: u8) -> Result<(), DiskRefused> {
+        self.block(index)?.eject();
+        Ok(())
+    }
+
+    fn block(&self, index: u8) -> Result<&BlockHandle, DiskRefused> {
+        self.blocks
+            .get(usize::from(index))
+            .ok_or(DiskRefused::NoSlot)
     }
 
     /// Keeps the processors out of the guest, and returns when they are.
@@ -285,6 +315,7 @@ fn place_mmio64(vm: &Vm, memory: &GuestMemoryMmap) -> Result<u64, KvmError> {
 /// What the control thread asks of devices with.
 #[derive(Debug)]
 struct Handles {
+    blocks: Vec<BlockHandle>,
     vsock: Option<VsockHandle>,
     nets: Vec<NetHandle>,
 }
@@ -299,16 +330,18 @@ fn add_devices(
 ) -> Result<(PciRoot, Handles), BuildError> {
     pci.add_virtio(Box::new(console(config, descriptors)?))?;
     pci.add_virtio(Box::new(Rng::new()))?;
+    let mut handles = Handles {
+        blocks: Vec::new(),
+        vsock: None,
+        nets: Vec::new(),
+    };
     for block in blocks(config, descriptors)? {
+        handles.blocks.push(block.handle());
         pci.add_virtio(Box::new(block))?;
     }
     for share in file_systems(config, shares)? {
         pci.add_virtio(Box::new(share))?;
     }
-    let mut handles = Handles {
-        vsock: None,
-        nets: Vec::new(),
-    };
     if let Some(vsock) = &config.vsock {
         let (device, handle) =
             Vsock::new(vsock.clone(), guest_connections).map_err(device_error("virtio-vsock"))?;
@@ -351,7 +384,10 @@ fn console(config: &MachineConfig, descriptors: &mut Descriptors) -> Result<Cons
 
 fn blocks(config: &MachineConfig, descriptors: &mut Descriptors) -> Result<Vec<Block>, BuildError> {
     let mut make = |block: &BlockConfig| {
-        let disk = descriptors.take(block.disk)?;
+        let disk = match block.disk {
+            Some(index) => Some(descriptors.take(index)?),
+            None => None,
+        };
         Block::new(disk, &block.id, block.read_only).map_err(device_error("virtio-blk"))
     };
     config.blocks.iter().map(&mut make).collect()

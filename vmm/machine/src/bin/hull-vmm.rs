@@ -45,8 +45,8 @@ enum VmmError {
     NotBoot,
     #[error("the supervisor sent a second machine")]
     SecondBoot,
-    #[error("a connection came without its stream")]
-    NoStream,
+    #[error("a connection or a disk came without its descriptor")]
+    NoDescriptor,
     #[error("the control channel")]
     Channel(#[from] ChannelError),
     #[error(transparent)]
@@ -242,8 +242,24 @@ fn attend(control: &Arc<Channel>, machine: Machine) -> Result<Option<ExitReason>
                 let result = machine.plug_net(index, &tap, descriptors);
                 control.send(&Event::Plugged { id, result }, &[])?;
             }
+            Some((
+                Request::InsertDisk {
+                    id,
+                    index,
+                    read_only,
+                },
+                mut descriptors,
+            )) => {
+                let disk = descriptors.pop().ok_or(VmmError::NoDescriptor)?;
+                let result = machine.insert_disk(index, disk, read_only);
+                control.send(&Event::DiskChanged { id, result }, &[])?;
+            }
+            Some((Request::EjectDisk { id, index }, _)) => {
+                let result = machine.eject_disk(index);
+                control.send(&Event::DiskChanged { id, result }, &[])?;
+            }
             Some((Request::Connect { id, port }, mut descriptors)) => {
-                let stream = descriptors.pop().ok_or(VmmError::NoStream)?;
+                let stream = descriptors.pop().ok_or(VmmError::NoDescriptor)?;
                 let control = Arc::clone(control);
                 let connected = Box::new(move |result| {
                     // The supervisor waits for it; when it doesn't, it is gone, and so is this process.

@@ -94,8 +94,20 @@ impl MachineSpec {
         let disk = self.attach(disk.into());
         self.config.blocks.push(BlockConfig {
             id: id.into(),
-            disk,
+            disk: Some(disk),
             read_only,
+        });
+        self
+    }
+
+    /// Adds a slot for a disk, after the disks and slots that were added before. It is empty until a disk is put in
+    /// ([`super::Machine::insert_disk`]).
+    #[must_use]
+    pub fn disk_slot(mut self, id: impl Into<String>) -> Self {
+        self.config.blocks.push(BlockConfig {
+            id: id.into(),
+            disk: None,
+            read_only: false,
         });
         self
     }

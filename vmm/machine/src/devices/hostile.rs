@@ -119,7 +119,7 @@ proptest! {
         let driver = driver();
         let file = tempfile::tempfile().unwrap();
         file.set_len(8 * 512).unwrap();
-        let block = Block::new(file.try_clone().unwrap().into(), "disk", read_only).unwrap();
+        let block = Block::new(Some(file.try_clone().unwrap().into()), "disk", read_only).unwrap();
         let activation = driver.activation(&block);
 
         run(&driver, block.requests(activation).unwrap(), &rounds);

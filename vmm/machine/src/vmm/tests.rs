@@ -70,7 +70,7 @@ fn bus() -> PciRoot {
         }],
         blocks: vec![BlockConfig {
             id: "disk".into(),
-            disk: FdIndex(1),
+            disk: Some(FdIndex(1)),
             read_only: true,
         }],
         vsock: Some(VsockConfig {

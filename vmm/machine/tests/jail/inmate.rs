@@ -102,6 +102,8 @@ pub fn run() -> ExitCode {
             }
             Request::Boot(_)
             | Request::PlugNet { .. }
+            | Request::InsertDisk { .. }
+            | Request::EjectDisk { .. }
             | Request::Pause { .. }
             | Request::Resume { .. } => panic!("not for an inmate"),
         }

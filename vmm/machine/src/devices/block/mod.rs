@@ -2,6 +2,7 @@
 
 mod disk;
 mod request;
+mod slot;
 #[cfg(test)]
 mod tests;
 
@@ -12,10 +13,12 @@ use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 
 use super::worker::{Events, Handler, Readiness, Worker, borrow};
+use crate::control::DiskRefused;
 use crate::virtio::device::{Activation, ActiveQueue, RING_FEATURES, VirtioDevice};
 
 use disk::Disk;
 use request::Limits;
+use slot::Slot;
 
 const DEVICE_TYPE: u32 = 2;
 const QUEUE_SIZES: [u16; 1] = [128];
@@ -49,30 +52,41 @@ const LIMITS: Limits = Limits {
 /// The device.
 #[derive(Debug)]
 pub struct Block {
-    disk: Arc<Disk>,
+    slot: Arc<Slot>,
+    read_only: bool,
     id: [u8; ID_SIZE],
-    config: [u8; CONFIG_SIZE],
     worker: Option<Worker>,
 }
 
 impl Block {
-    /// A disk of the whole sectors that `disk`, a regular file or a block device, has now.
+    /// A disk of the whole sectors that `disk`, a regular file or a block device, has now. Without one it is a slot,
+    /// of no sectors until a disk is put in; `read_only` is then each disk's own.
     /// Of `id` the first 20 bytes are shown to the guest.
     ///
     /// # Errors
     /// When the descriptor is neither, or its size can't be found.
-    pub fn new(disk: OwnedFd, id: &str, read_only: bool) -> io::Result<Self> {
-        let disk = Disk::new(disk, read_only)?;
+    pub fn new(disk: Option<OwnedFd>, id: &str, read_only: bool) -> io::Result<Self> {
+        let slot = match disk {
+            Some(disk) => Slot::with(Disk::new(disk, read_only)?),
+            None => Slot::default(),
+        };
         let mut shown = [0; ID_SIZE];
         for (to, from) in shown.iter_mut().zip(id.bytes()) {
             *to = from;
         }
         Ok(Self {
-            config: config(disk.sectors()),
-            disk: Arc::new(disk),
+            slot: Arc::new(slot),
+            read_only,
             id: shown,
             worker: None,
         })
+    }
+
+    /// What changes its disk with.
+    pub fn handle(&self) -> BlockHandle {
+        BlockHandle {
+            slot: Arc::clone(&self.slot),
+        }
     }
 
     pub(super) fn requests(&self, activation: Activation) -> io::Result<Requests> {
@@ -86,9 +100,33 @@ impl Block {
             requests,
             // A driver that can't flush expects writes to last (section 5.2.6.2).
             write_through: activation.features & FLUSH == 0,
-            disk: self.disk.clone(),
+            slot: Arc::clone(&self.slot),
             id: self.id,
         })
+    }
+}
+
+/// Changes the disk of a device, whatever the device does.
+#[derive(Debug)]
+pub struct BlockHandle {
+    slot: Arc<Slot>,
+}
+
+impl BlockHandle {
+    /// Puts a disk into an empty slot.
+    ///
+    /// # Errors
+    /// When there is one, or the descriptor is none of a disk.
+    pub fn insert(&self, disk: OwnedFd, read_only: bool) -> Result<(), DiskRefused> {
+        let disk = Disk::new(disk, read_only).map_err(|error| DiskRefused::Disk {
+            errno: error.raw_os_error().unwrap_or(libc::EINVAL),
+        })?;
+        self.slot.insert(disk)
+    }
+
+    /// Takes the disk out. When this returns it is not written to any more.
+    pub fn eject(&self) {
+        self.slot.eject();
     }
 }
 
@@ -123,7 +161,7 @@ impl VirtioDevice for Block {
 
     fn features(&self) -> u64 {
         let always = RING_FEATURES | SIZE_MAX | SEG_MAX | BLK_SIZE | FLUSH;
-        if self.disk.read_only() {
+        if self.read_only {
             always | READ_ONLY
         } else {
             always | DISCARD | WRITE_ZEROES
@@ -134,19 +172,27 @@ impl VirtioDevice for Block {
         let Ok(offset) = usize::try_from(offset) else {
             return;
         };
-        let known = self.config.get(offset..).unwrap_or_default();
+        let config = config(self.slot.sectors());
+        let known = config.get(offset..).unwrap_or_default();
         for (to, from) in data.iter_mut().zip(known) {
             *to = *from;
         }
     }
 
+    fn config_changes(&self) -> u8 {
+        self.slot.changes()
+    }
+
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
+        let interrupt = Arc::clone(&activation.config_interrupt);
         let requests = self.requests(activation)?;
         self.worker = Some(Worker::start("block", requests)?);
+        self.slot.driver_up(interrupt);
         Ok(())
     }
 
     fn reset(&mut self) {
+        self.slot.driver_down();
         self.worker = None;
     }
 }
@@ -157,7 +203,7 @@ pub(super) struct Requests {
     memory: GuestMemoryMmap,
     requests: ActiveQueue,
     write_through: bool,
-    disk: Arc<Disk>,
+    slot: Arc<Slot>,
     id: [u8; ID_SIZE],
 }
 
@@ -167,14 +213,15 @@ impl Handler for Requests {
     }
 
     fn ready(&mut self, _events: &Events, _token: u64, _readiness: Readiness) -> io::Result<()> {
-        let answerer = request::Answerer {
-            disk: &self.disk,
-            id: &self.id,
-            limits: &LIMITS,
-            write_through: self.write_through,
-        };
         self.requests
             .serve(&self.memory, LIMITS.descriptors(), |request| {
+                let disk = self.slot.disk();
+                let answerer = request::Answerer {
+                    disk: disk.as_ref(),
+                    id: &self.id,
+                    limits: &LIMITS,
+                    write_through: self.write_through,
+                };
                 answerer.answer(request)
             })
     }

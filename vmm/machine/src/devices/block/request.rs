@@ -54,6 +54,8 @@ enum RequestError {
     Length,
     #[error("the disk has not all of the {count} sectors from {first} on")]
     Sectors { first: u64, count: u64 },
+    #[error("there is no disk")]
+    NoDisk,
     #[error("the disk is read-only")]
     ReadOnly,
     #[error(transparent)]
@@ -73,7 +75,7 @@ impl RequestError {
 /// Answers requests of one disk.
 #[derive(Debug)]
 pub struct Answerer<'a> {
-    pub disk: &'a Disk,
+    pub disk: Option<&'a Disk>,
     pub id: &'a [u8],
     pub limits: &'a Limits,
     /// Every write is made to last before it is answered.
@@ -122,7 +124,7 @@ impl Answerer<'_> {
         match kind {
             IN => self.read(sector, writable),
             OUT => self.write(sector, readable),
-            FLUSH => Ok(self.disk.flush()?),
+            FLUSH => Ok(self.disk()?.flush()?),
             GET_ID => {
                 writable.copy_from(self.id);
                 Ok(())
@@ -135,13 +137,13 @@ impl Answerer<'_> {
 
     fn read(&self, sector: u64, target: &Span<'_>) -> Result<(), RequestError> {
         let range = self.range(sector, self.sectors(target)?)?;
-        Ok(self.disk.read(range, target)?)
+        Ok(self.disk()?.read(range, target)?)
     }
 
     fn write(&self, sector: u64, source: &Span<'_>) -> Result<(), RequestError> {
         self.check_writable()?;
         let range = self.range(sector, self.sectors(source)?)?;
-        self.disk.write(range, source)?;
+        self.disk()?.write(range, source)?;
         self.make_last()
     }
 
@@ -173,9 +175,9 @@ impl Answerer<'_> {
         }
         for (range, keep) in ranges {
             if keep {
-                self.disk.zero(range)?;
+                self.disk()?.zero(range)?;
             } else {
-                self.disk.discard(range)?;
+                self.disk()?.discard(range)?;
             }
         }
         self.make_last()
@@ -183,13 +185,17 @@ impl Answerer<'_> {
 
     fn make_last(&self) -> Result<(), RequestError> {
         if self.write_through {
-            self.disk.flush()?;
+            self.disk()?.flush()?;
         }
         Ok(())
     }
 
+    fn disk(&self) -> Result<&Disk, RequestError> {
+        self.disk.ok_or(RequestError::NoDisk)
+    }
+
     fn check_writable(&self) -> Result<(), RequestError> {
-        if self.disk.read_only() {
+        if self.disk()?.read_only() {
             Err(RequestError::ReadOnly)
         } else {
             Ok(())
@@ -208,7 +214,7 @@ impl Answerer<'_> {
     }
 
     fn range(&self, first: u64, count: u64) -> Result<super::disk::Range, RequestError> {
-        self.disk
+        self.disk()?
             .range(first, count)
             .ok_or(RequestError::Sectors { first, count })
     }

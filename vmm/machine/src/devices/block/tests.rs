@@ -48,7 +48,9 @@ fn serve(driver: &Driver, file: &std::fs::File, read_only: bool) -> (u8, u32) {
         memory: driver.memory().clone(),
         requests: driver.active_queue(0),
         write_through: true,
-        disk: Arc::new(Disk::new(file.try_clone().unwrap().into(), read_only).unwrap()),
+        slot: Arc::new(Slot::with(
+            Disk::new(file.try_clone().unwrap().into(), read_only).unwrap(),
+        )),
         id: *b"identity of the disk",
     };
     let events = Events::new().unwrap();
@@ -272,7 +274,7 @@ fn bad_ranges_are_refused_before_anything_is_touched() {
 
 #[test]
 fn the_configuration_tells_size_and_limits() {
-    let block = Block::new(file().into(), "disk", false).unwrap();
+    let block = Block::new(Some(file().into()), "disk", false).unwrap();
     let mut capacity = [0; 8];
     let mut segments = [0; 4];
     let mut past = [0; 16];
@@ -290,7 +292,7 @@ fn the_configuration_tells_size_and_limits() {
 #[test]
 fn a_running_disk_answers_and_stops_and_runs_again() {
     let driver = Driver::new();
-    let mut block = Block::new(file().into(), "disk", true).unwrap();
+    let mut block = Block::new(Some(file().into()), "disk", true).unwrap();
     offer(&driver, 0, 0, &[buffer_in(DATA, 512)]);
 
     block.activate(driver.activation(&block)).unwrap();
@@ -307,4 +309,68 @@ fn a_running_disk_answers_and_stops_and_runs_again() {
 
     assert_eq!((first, other.used()), (vec![(0, 513)], vec![(0, 513)]));
     assert_eq!(other.read(DATA, 512), [2; 512]);
+}
+
+/// Serves what was offered with what is in a slot.
+fn serve_slot(driver: &Driver, slot: &Arc<Slot>) -> u8 {
+    let mut requests = Requests {
+        memory: driver.memory().clone(),
+        requests: driver.active_queue(0),
+        write_through: true,
+        slot: Arc::clone(slot),
+        id: *b"identity of the slot",
+    };
+    let events = Events::new().unwrap();
+    requests.ready(&events, 0, Readiness::IN).unwrap();
+    driver.read(STATUS, 1)[0]
+}
+
+#[test]
+fn a_slot_has_what_is_put_in() {
+    let driver = Driver::new();
+    let block = Block::new(None, "slot", false).unwrap();
+    let handle = block.handle();
+    let sectors = || {
+        let mut sectors = [0xff; 8];
+        block.read_config(0, &mut sectors);
+        u64::from_le_bytes(sectors)
+    };
+    let read = || {
+        offer(&driver, 0, 1, &[buffer_in(DATA, 512)]);
+        serve_slot(&driver, &block.slot)
+    };
+    assert_eq!((sectors(), read()), (0, 1));
+
+    handle.insert(file().into(), true).unwrap();
+
+    assert_eq!((sectors(), read()), (8, 0));
+    assert_eq!(driver.read(DATA, 512), [2; 512]);
+    offer(&driver, 1, 1, &[buffer_out(DATA, 512)]);
+    assert_eq!(serve_slot(&driver, &block.slot), 1, "it is read-only");
+    let second = handle.insert(file().into(), false);
+    assert_eq!(second, Err(DiskRefused::Occupied));
+    handle.eject();
+    handle.eject();
+    assert_eq!((sectors(), read()), (0, 1));
+    assert_eq!(block.config_changes(), 2);
+    let (pipe, _) = std::io::pipe().unwrap();
+    let refused = handle.insert(pipe.into(), false);
+    assert!(
+        matches!(refused, Err(DiskRefused::Disk { .. })),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn a_driver_hears_of_another_disk() {
+    let driver = Driver::new();
+    let slot = Slot::default();
+    let interrupt = driver.active_queue(0).interrupt;
+
+    slot.insert(Disk::new(file().into(), false).unwrap())
+        .unwrap();
+    slot.driver_up(interrupt);
+    slot.eject();
+
+    driver.wait_for_interrupt();
 }
