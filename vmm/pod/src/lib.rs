@@ -7,6 +7,7 @@ pub mod events;
 pub mod images;
 pub mod logs;
 pub mod manifest;
+pub mod metrics;
 pub mod network;
 pub mod networks;
 pub mod oci;

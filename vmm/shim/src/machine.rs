@@ -8,6 +8,7 @@ use async_trait::async_trait;
 use hull_pod::agent::{Agent, AgentError, Disk, ExitStatus, Process, Root, Stdio};
 use hull_pod::configuration::Configuration;
 use hull_pod::manifest::Bandwidth;
+use hull_pod::metrics::Meter;
 use hull_pod::network::{Namespace, VhostNet};
 use hull_pod::supervisor::api::{Exec, Size};
 use hull_pod::supervisor::{
@@ -50,6 +51,7 @@ pub struct MachinePod {
 #[derive(Debug)]
 struct Up {
     guest: Guest,
+    meter: Arc<Meter>,
     share: Arc<Share>,
     volumes: StdMutex<Volumes>,
     /// Those of the containers whose root file systems are on disks, by the container's name.
@@ -80,6 +82,12 @@ impl MachinePod {
             ending: Arc::default(),
             up: watch::Sender::new(None),
         }
+    }
+
+    /// Of the machine that runs, if one does.
+    #[must_use]
+    pub fn meter(&self) -> Option<Arc<Meter>> {
+        self.up.borrow().as_ref().map(|up| Arc::clone(&up.meter))
     }
 
     fn up(&self) -> Result<Arc<Up>, TaskError> {
@@ -148,8 +156,10 @@ impl MachinePod {
         );
         guest.start_infra(&infra, &[]).await?;
         guest.configure_network(&infra, &network).await?;
+        let meter = Arc::new(guest.meter(&network)?);
         drop(network);
         Ok(Up {
+            meter,
             network: guest.network(&host),
             guest,
             share,

@@ -14,6 +14,7 @@ mod host;
 mod logger;
 mod machine;
 mod managed;
+mod metrics;
 mod mounts;
 mod options;
 mod pod;

@@ -25,6 +25,7 @@ use crate::cgroup;
 use crate::events::{Events, Target};
 use crate::host::Host;
 use crate::machine::MachinePod;
+use crate::metrics;
 use crate::options;
 use crate::service::services;
 use crate::start::{READY, TTRPC_ADDRESS};
@@ -106,7 +107,19 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
         .enable_all()
         .build()
         .map_err(io_error("starting tasks"))?;
-    let served = runtime.block_on(run(arguments, configuration, listener, host, namespace));
+    let pod = Arc::new(MachinePod::new(configuration.clone(), namespace));
+    let measured = metrics::serve(
+        arguments,
+        metrics::identity(arguments, &bundle),
+        Arc::clone(&pod),
+    );
+    let drain = Limits::of(&configuration).drain;
+    let served = runtime.block_on(async {
+        tokio::select! {
+            served = run(arguments, pod, listener, host, drain) => served,
+            () = measured => Ok(()),
+        }
+    });
     if let Some(socket) = socket {
         // Who finds it later would find nobody.
         let _ = std::fs::remove_file(socket);
@@ -171,19 +184,17 @@ fn raise_oom_score() {
 
 async fn run(
     arguments: &Arguments,
-    configuration: Configuration,
+    pod: Arc<MachinePod>,
     listener: UnixListener,
     host: Host,
-    namespace: Option<Namespace>,
+    drain: Duration,
 ) -> Result<(), ServeError> {
-    let drain = Limits::of(&configuration).drain;
     let events = Events::new(Target {
         namespace: arguments.namespace.clone(),
         socket: std::env::var(TTRPC_ADDRESS).unwrap_or_default(),
         address: arguments.address.clone(),
         binary: arguments.publish_binary.clone(),
     });
-    let pod = Arc::new(MachinePod::new(configuration, namespace));
     let tasks = Tasks::new(pod, host, events.clone(), drain);
     let listener = Listener::try_from(listener).map_err(io_error("taking the socket"))?;
     let mut server = Server::new()

@@ -156,6 +156,7 @@ async fn serve(
         stop: stop.clone(),
         limits: Limits::of(&configuration),
         agent: OnceLock::new(),
+        meter: OnceLock::new(),
         pause: Arc::new(Pause::new(Arc::clone(&record), stop.clone())),
         joins: OnceLock::new(),
     });

@@ -143,6 +143,14 @@ impl HostNetwork {
         &self.facts
     }
 
+    /// Another descriptor of the namespace that the machine's taps are in, if there is one.
+    pub(super) fn namespace(&self) -> Result<Option<Namespace>, WiringError> {
+        let wiring = self.wiring.as_ref();
+        wiring
+            .map(|wiring| wiring.namespace.try_clone())
+            .transpose()
+    }
+
     /// What the agent is to be told; None: nothing.
     pub(super) fn plan(&self) -> Option<Plan> {
         self.wiring.as_ref().map(Wiring::plan)

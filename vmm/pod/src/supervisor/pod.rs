@@ -169,6 +169,8 @@ impl Pod {
         self.record
             .event(EventType::Normal, "InfraStarted", None, "started infra");
         guest.configure_network(&infra, &network).await?;
+        // As the next.
+        let _ = self.service.meter.set(Arc::new(guest.meter(&network)?));
         // It can be set but once, and this runs but once.
         let _ = self.service.agent.set(guest.agent().clone());
         self.service
