@@ -9,6 +9,7 @@ use ttrpc::Code;
 use crate::bundle::BundleError;
 use crate::hooks::HookError;
 use crate::logger::LoggerError;
+use crate::options::OptionsError;
 use crate::spec::SpecError;
 use crate::streams::StreamError;
 
@@ -31,6 +32,8 @@ pub enum TaskError {
     },
     #[error("{0}")]
     Unsupported(String),
+    #[error(transparent)]
+    Options(#[from] OptionsError),
     #[error(transparent)]
     Bundle(#[from] BundleError),
     #[error(transparent)]
@@ -96,7 +99,9 @@ impl TaskError {
             Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::State { .. } => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
-            Self::Bundle(_) | Self::Spec(_) | Self::Process(_) => Code::INVALID_ARGUMENT,
+            Self::Options(_) | Self::Bundle(_) | Self::Spec(_) | Self::Process(_) => {
+                Code::INVALID_ARGUMENT
+            }
             _ => Code::UNKNOWN,
         }
     }

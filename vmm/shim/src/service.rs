@@ -17,6 +17,7 @@ use ttrpc::r#async::{Service, TtrpcContext};
 use crate::events::timestamp;
 use crate::failure::TaskError;
 use crate::managed::State;
+use crate::options;
 use crate::streams::Places;
 use crate::tasks::{New, Tasks};
 
@@ -68,6 +69,7 @@ impl Task for TaskService {
             let no = "a container can't be restored from a checkpoint";
             return Err(TaskError::Unsupported(no.into()).into());
         }
+        options::on_create(request.options.as_ref()).map_err(TaskError::from)?;
         let new = New {
             id: request.id,
             bundle: request.bundle.into(),
