@@ -6,6 +6,9 @@
     reason = "a test reports by panicking"
 )]
 
+mod leaks;
 mod monitor;
 mod options;
+mod sandboxes;
 mod tasks;
+mod wrong;
