@@ -337,6 +337,7 @@ impl Agent {
             disk: disk.into(),
             user: spec.user.clone(),
             additional_gids: spec.additional_gids.clone(),
+            exact_groups: spec.exact_groups,
             streams: Some(stdio.request.clone()).into(),
             ..Default::default()
         };

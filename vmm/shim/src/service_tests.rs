@@ -51,6 +51,8 @@ struct StandIn {
     guests: Mutex<HashMap<String, Guest>>,
     exits: Mutex<HashMap<String, watch::Sender<Option<i32>>>>,
     signals: Mutex<Vec<(String, u32, bool)>>,
+    /// Of further processes.
+    users: Mutex<Vec<Option<String>>>,
     refuse_start: Mutex<bool>,
     /// Its agent answers no signal.
     silent: Mutex<bool>,
@@ -126,6 +128,7 @@ impl Pod for StandIn {
         if !what.stdin {
             stdio.stdin = None;
         }
+        self.users.lock().unwrap().push(what.user.clone());
         Ok(stdio)
     }
 

@@ -14,6 +14,7 @@ use hull_pod::agent::{Process, Stdio};
 use hull_pod::supervisor::Limits;
 use hull_pod::supervisor::api::{Exec, Size};
 use hull_pod::text::chain;
+use oci_spec::runtime::User;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -38,6 +39,8 @@ pub struct Task {
     /// As the agent knows it. None: it stands for infra.
     name: Option<String>,
     first: Arc<Managed>,
+    /// Of its first process.
+    user: User,
     hooks: Hooks,
     execs: Mutex<HashMap<String, (String, Arc<Managed>)>>,
 }
@@ -192,6 +195,12 @@ impl Tasks {
             id: new.id.clone(),
             bundle: new.bundle.clone(),
             name,
+            user: bundle
+                .spec
+                .process()
+                .as_ref()
+                .map(|process| process.user().clone())
+                .unwrap_or_default(),
             first: Arc::new(Managed::new(new.places.clone(), None, streams)),
             hooks: Hooks::of(&bundle.spec, &new.id, new.bundle.clone()),
             execs: Mutex::default(),
@@ -362,7 +371,8 @@ impl Tasks {
             args: process.args().clone().unwrap_or_default(),
             env: process.env().clone().unwrap_or_default(),
             cwd: Some(process.cwd().display().to_string()).filter(|cwd| !cwd.is_empty()),
-            user: Some(format!("{}:{}", user.uid(), user.gid())),
+            // The container's own one has groups that are not in the container's files.
+            user: (*user != task.user).then(|| format!("{}:{}", user.uid(), user.gid())),
             stdin: !places.stdin.is_empty(),
             tty: places.terminal.then(|| size(process)),
         };
