@@ -1,10 +1,11 @@
 //! The tasks of a pod: containers and their further processes, from their creation to their deletion.
 
+mod ends;
+
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use containerd_shim_protos::api::Mount;
 use containerd_shim_protos::events::task::{
@@ -16,7 +17,6 @@ use hull_pod::supervisor::api::{Exec, Size};
 use hull_pod::text::chain;
 use oci_spec::runtime::User;
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::bundle::{Bundle, Place};
 use crate::events::{Events, timestamp};
@@ -173,6 +173,11 @@ impl Tasks {
             })
             .await;
         Ok(())
+    }
+
+    /// Waits until what is being made is.
+    pub async fn creations(&self) {
+        drop(self.creating.lock().await);
     }
 
     async fn make(&self, new: &New, bundle: &Bundle) -> Result<Task, TaskError> {
@@ -393,88 +398,6 @@ impl Tasks {
         Ok(())
     }
 
-    /// Sends a signal to a process, or to `all` of its container. One for infra ends the pod.
-    ///
-    /// # Errors
-    /// [`TaskError::Ended`] when there is none to get it.
-    pub async fn kill(
-        self: &Arc<Self>,
-        id: &str,
-        exec: &str,
-        signal: u32,
-        all: bool,
-    ) -> Result<(), TaskError> {
-        let task = self.task(id)?;
-        let (handle, process) = task.process(exec)?;
-        if process.is_gone() {
-            return Err(TaskError::Ended(id.to_owned()));
-        }
-        if handle.is_some() {
-            must_be(id, &process, "running", |state| state != State::Created)?;
-        } else {
-            // One that waits to be started can end as well.
-            self.see_end(Arc::clone(&task), exec, None, &process);
-        }
-        let sent = match task.known(handle.as_deref()) {
-            Some(known) if signal == SIGKILL => {
-                self.end(&task, known, &process, handle.is_none(), all)
-                    .await
-            }
-            Some(known) => self.pod.signal(known, signal, all).await,
-            None => {
-                process.set_signal(signal);
-                self.pod.shut_down().await;
-                Ok(())
-            }
-        };
-        sent.map_err(|error| {
-            if error.is_too_late() {
-                TaskError::Ended(id.to_owned())
-            } else {
-                error
-            }
-        })
-    }
-
-    /// Kills a process, whatever the guest says to it: one that doesn't answer loses its machine, and so does one whose
-    /// only container, which is the pod, goes on.
-    async fn end(
-        &self,
-        task: &Task,
-        known: Process<'_>,
-        process: &Arc<Managed>,
-        whole: bool,
-        all: bool,
-    ) -> Result<(), TaskError> {
-        let sent = self.pod.signal(known, SIGKILL, all).await;
-        if let Err(error) = &sent
-            && !error.is_answer()
-        {
-            tracing::error!(
-                id = task.id,
-                error = chain(error),
-                "SIGKILL is not taken: the machine ends"
-            );
-            self.pod.shut_down().await;
-            return Ok(());
-        }
-        let refused = sent.is_err();
-        if whole && lock(&self.owner).as_deref() == Some(&task.id) {
-            let (pod, process) = (Arc::clone(&self.pod), Arc::clone(process));
-            let (id, limit) = (task.id.clone(), self.limits.end);
-            let end = tokio::spawn(async move {
-                if timeout(limit, process.gone()).await.is_err() {
-                    tracing::error!(id, "SIGKILL has no effect: the machine ends");
-                    pod.shut_down().await;
-                }
-            });
-            if refused {
-                return Ok(end.await?);
-            }
-        }
-        sent
-    }
-
     /// Removes what has ended, or was never started.
     ///
     /// # Errors
@@ -620,17 +543,6 @@ impl Task {
             exec: exec.to_owned(),
         })?;
         Ok((Some(handle.clone()), Arc::clone(process)))
-    }
-
-    /// Waits for the further processes, which end with the container; not longer than `limit`.
-    async fn ends_of_execs(&self, limit: Duration) {
-        let execs = lock(&self.execs).values().cloned().collect::<Vec<_>>();
-        let until = Instant::now() + limit;
-        for (_, process) in execs {
-            if process.state() == State::Running {
-                let _ = timeout_at(until, process.exit()).await;
-            }
-        }
     }
 
     /// The process as the agent knows it. None: it is infra.
