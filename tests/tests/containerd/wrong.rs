@@ -302,7 +302,9 @@ fn nothing_that_hangs_holds_up_a_kill() {
     for mut look in looks {
         look.wait().unwrap();
     }
-    let _ = stalled.kill();
+    for client in children_of(stalled.id()) {
+        host::kill_9(client);
+    }
     stalled.wait().unwrap();
     let _ = containerd.ctr(&["task", "rm", "--exec-id", "stalled", "one"]);
     assert_eq!(delete(&containerd, "one"), 137);
@@ -433,8 +435,8 @@ fn two_pods_of_one_name_in_two_namespaces_are_two() {
     let there = [
         "run",
         "-d",
-        "--hostname",
-        "there",
+        "--env",
+        "PLACE=there",
         "--runtime",
         HULL,
         image,
