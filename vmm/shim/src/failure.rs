@@ -35,8 +35,12 @@ pub enum TaskError {
     Bundle(#[from] BundleError),
     #[error(transparent)]
     Spec(#[from] SpecError),
-    #[error("reading what is to be run")]
-    Process(#[from] serde_json::Error),
+    #[error("reading {what}")]
+    Json {
+        what: &'static str,
+        #[source]
+        source: serde_json::Error,
+    },
     #[error(transparent)]
     Hook(#[from] HookError),
     #[error(transparent)]
@@ -70,7 +74,12 @@ impl TaskError {
             Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::State { .. } => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
-            Self::Bundle(_) | Self::Spec(_) | Self::Process(_) => Code::INVALID_ARGUMENT,
+            Self::Bundle(_) | Self::Spec(_) | Self::Json { .. } => Code::INVALID_ARGUMENT,
+            // The agent's other codes would say things of the task that aren't so.
+            Self::Agent(AgentError::Refused {
+                code: code @ (Code::INVALID_ARGUMENT | Code::FAILED_PRECONDITION),
+                ..
+            }) => *code,
             _ => Code::UNKNOWN,
         }
     }

@@ -25,6 +25,8 @@ pub struct Exit {
 pub enum State {
     Created,
     Running,
+    /// Of a container's first process: all stand still.
+    Paused,
     Ended(Exit),
 }
 
@@ -36,8 +38,8 @@ pub struct Managed {
     pub what: Option<Exec>,
     state: watch::Sender<State>,
     streams: Mutex<Option<Arc<Streams>>>,
-    /// Held while it is started.
-    pub starting: tokio::sync::Mutex<()>,
+    /// Held while it is started, paused or resumed.
+    pub changing: tokio::sync::Mutex<()>,
 }
 
 impl Managed {
@@ -48,7 +50,7 @@ impl Managed {
             what,
             state: watch::Sender::new(State::Created),
             streams: Mutex::new(streams.map(Arc::new)),
-            starting: tokio::sync::Mutex::default(),
+            changing: tokio::sync::Mutex::default(),
         }
     }
 
@@ -72,6 +74,18 @@ impl Managed {
 
     pub fn set(&self, state: State) {
         self.state.send_replace(state);
+    }
+
+    /// Replaces one state. False: it is in another one.
+    #[must_use]
+    pub fn replace(&self, from: State, to: State) -> bool {
+        self.state.send_if_modified(|state| {
+            let is = *state == from;
+            if is {
+                *state = to;
+            }
+            is
+        })
     }
 
     #[must_use]
@@ -103,6 +117,7 @@ pub fn must_be(
     let is = match state {
         State::Created => "created",
         State::Running => "running",
+        State::Paused => "paused",
         State::Ended(_) => "stopped",
     };
     Err(TaskError::State {
