@@ -17,11 +17,13 @@ mod managed;
 mod metrics;
 mod mounts;
 mod options;
+mod pids;
 mod pod;
 mod serve;
 mod service;
 mod spec;
 mod start;
+mod stats;
 mod streams;
 mod tasks;
 

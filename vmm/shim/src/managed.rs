@@ -26,6 +26,8 @@ pub struct Exit {
 pub enum State {
     Created,
     Running,
+    /// Of a container's first process: all stand still.
+    Paused,
     Ended(Exit),
 }
 
@@ -43,8 +45,8 @@ pub struct Managed {
     /// The last signal that it was sent.
     signal: AtomicU32,
     streams: Mutex<Option<Arc<Streams>>>,
-    /// Held while it is started.
-    pub starting: tokio::sync::Mutex<()>,
+    /// Held while it is started, paused or resumed.
+    pub changing: tokio::sync::Mutex<()>,
 }
 
 impl Managed {
@@ -58,7 +60,7 @@ impl Managed {
             followed: AtomicBool::new(false),
             signal: AtomicU32::new(SIGKILL),
             streams: Mutex::new(streams.map(Arc::new)),
-            starting: tokio::sync::Mutex::default(),
+            changing: tokio::sync::Mutex::default(),
         }
     }
 
@@ -126,6 +128,18 @@ impl Managed {
         }
     }
 
+    /// Replaces one state. False: it is in another one.
+    #[must_use]
+    pub fn replace(&self, from: State, to: State) -> bool {
+        self.state.send_if_modified(|state| {
+            let is = *state == from;
+            if is {
+                *state = to;
+            }
+            is
+        })
+    }
+
     #[must_use]
     pub fn streams(&self) -> Option<Arc<Streams>> {
         self.lock().clone()
@@ -155,6 +169,7 @@ pub fn must_be(
     let is = match state {
         State::Created => "created",
         State::Running => "running",
+        State::Paused => "paused",
         State::Ended(_) => "stopped",
     };
     Err(TaskError::State {

@@ -5,7 +5,9 @@
 
 use std::path::{Path, PathBuf};
 
-use hull_pod::oci::{Amounts, ContainerSpec, InfraSpec, MachineSize, Sizing, machine_size_for};
+use hull_pod::oci::{
+    Amounts, ContainerSpec, InfraSpec, MachineSize, Pids, Sizing, machine_size_for,
+};
 use oci_spec::OciSpecError;
 use oci_spec::runtime::{
     LinuxBuilder, LinuxResources, LinuxResourcesBuilder, Mount, Process, RootBuilder, Spec,
@@ -22,6 +24,8 @@ const FILE_SYSTEMS: &[&str] = &[
 const SHM: &str = "/dev/shm";
 /// What the guest keeps of a bind's options.
 const BIND_OPTIONS: &[&str] = &["ro", "rw", "rro", "noexec", "exec", "nosuid", "nodev"];
+/// The controllers of which files of a cgroup may be named: what they count, a guest counts, too.
+const UNIFIED: &[&str] = &["cpu.", "memory.", "pids."];
 const SIGTERM: u32 = 15;
 /// Of a host name (uname(2)).
 const HOSTNAME_MAX: usize = 63;
@@ -66,6 +70,7 @@ pub fn container<E: From<SpecError>>(
         stdin_once: false,
         // containerd names the signal whenever it sends one.
         stop_signal: SIGTERM,
+        pids: Pids::AsPod,
     })
 }
 
@@ -104,6 +109,17 @@ fn process(given: &Process) -> Process {
     process
 }
 
+/// What is changed of a container's resources.
+///
+/// # Errors
+/// When it can't be written.
+pub fn update(given: &LinuxResources) -> Result<LinuxResources, SpecError> {
+    let mut resources = resources(given)?;
+    // They stay.
+    resources.set_devices(None);
+    Ok(resources)
+}
+
 /// What a cgroup of the guest can have.
 fn resources(given: &LinuxResources) -> Result<LinuxResources, OciSpecError> {
     let mut resources = LinuxResourcesBuilder::default().build()?;
@@ -121,6 +137,16 @@ fn resources(given: &LinuxResources) -> Result<LinuxResources, OciSpecError> {
         memory.set_kernel(None).set_kernel_tcp(None);
         memory
     }));
+    let amounts = given.unified().clone().map(|mut files| {
+        // Others are of devices, processors and pages of the host.
+        files.retain(|file, _| {
+            UNIFIED
+                .iter()
+                .any(|controller| file.starts_with(controller))
+        });
+        files
+    });
+    resources.set_unified(amounts.filter(|files| !files.is_empty()));
     Ok(resources)
 }
 

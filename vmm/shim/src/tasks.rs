@@ -1,5 +1,7 @@
 //! The tasks of a pod: containers and their further processes, from their creation to their deletion.
 
+mod amounts;
+
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,7 +10,7 @@ use std::time::Duration;
 
 use containerd_shim_protos::api::Mount;
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskStart,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskStart,
 };
 use hull_pod::agent::{Process, Stdio};
 use hull_pod::supervisor::Limits;
@@ -216,8 +218,11 @@ impl Tasks {
     pub async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<(), TaskError> {
         let task = self.task(id)?;
         let (handle, process) = task.process(exec)?;
-        let _starting = process.starting.lock().await;
+        let _starting = process.changing.lock().await;
         must_be(id, &process, "created", |state| state == State::Created)?;
+        if handle.is_some() {
+            must_be(id, &task.first, "running", |state| state == State::Running)?;
+        }
         match (&task.name, &handle) {
             (None, _) => {}
             (Some(name), None) => {
@@ -290,11 +295,12 @@ impl Tasks {
 
     /// Waits for a process's end, and tells of it when all that it has printed is out.
     async fn follow(&self, task: &Task, exec: &str, handle: Option<String>, process: &Managed) {
-        let ended = match task.known(handle.as_deref()) {
-            Some(known) => self.pod.wait(known).await,
+        let (ended, oom_told) = match task.known(handle.as_deref()) {
+            Some(Process::Container(name)) => self.outlive(task, name).await,
+            Some(exec) => (self.pod.wait(exec).await, true),
             None => {
                 self.pod.ended().await;
-                Ok(process.killed())
+                (Ok(process.killed()), true)
             }
         };
         process.set_gone();
@@ -314,17 +320,13 @@ impl Tasks {
             task.ends_of_execs(self.limits.drain).await;
         }
         // The event of its start comes before that of its end, if there is one.
-        let _starting = process.starting.lock().await;
+        let _starting = process.changing.lock().await;
         if matches!(process.state(), State::Ended(_)) {
             // It was deleted before it was started.
             return;
         }
-        if ended.oom_killed && handle.is_none() {
-            let oom = TaskOOM {
-                container_id: task.id.clone(),
-                ..Default::default()
-            };
-            self.events.publish(oom).await;
+        if ended.oom_killed && !oom_told {
+            self.tell_oom(task).await;
         }
         let exit = now(u32::try_from(ended.code).unwrap_or(KILLED));
         let told = TaskExit {
@@ -468,10 +470,12 @@ impl Tasks {
     pub async fn delete(&self, id: &str, exec: &str) -> Result<Exit, TaskError> {
         let task = self.task(id)?;
         let (handle, process) = task.process(exec)?;
-        must_be(id, &process, "stopped", |state| state != State::Running)?;
+        must_be(id, &process, "stopped", |state| {
+            !matches!(state, State::Running | State::Paused)
+        })?;
         let exit = match process.state() {
             State::Ended(exit) => exit,
-            State::Created | State::Running => now(KILLED),
+            _ => now(KILLED),
         };
         process.set(State::Ended(exit));
         if let Some(handle) = handle {
