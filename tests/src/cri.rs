@@ -376,7 +376,6 @@ impl<'a> CriPod<'a> {
     }
 
     /// Waits until a log of this name has a line, and returns all of it.
-    #[must_use]
     pub fn wait_log(&self, name: &str, text: &str) -> Vec<LogLine> {
         eventually(&format!("{name} has {text:?}"), SOON, || {
             let lines = log_lines(&self.log_path(name));
