@@ -2,6 +2,7 @@
 
 pub mod cgroup;
 pub mod devices;
+pub mod disk;
 pub mod mounts;
 pub mod spec;
 pub mod user;
@@ -148,6 +149,14 @@ impl Places {
     }
 }
 
+/// Where a container's root file system comes from.
+#[derive(Debug)]
+pub enum Root {
+    /// A path beneath the share.
+    Share(String),
+    Disk(disk::Mounted),
+}
+
 /// A container whose first process exists.
 #[derive(Debug)]
 pub struct Container {
@@ -156,8 +165,7 @@ pub struct Container {
     /// As completed; execs are made after it.
     pub spec: Spec,
     pub first: Running,
-    /// Path of its root file system beneath the share.
-    pub rootfs: String,
+    pub root: Root,
     started: Mutex<bool>,
     execs: Mutex<HashMap<String, Slot<Running>>>,
 }
@@ -168,14 +176,14 @@ impl Container {
         cgroup: Arc<Cgroup>,
         spec: Spec,
         first: Running,
-        rootfs: String,
+        root: Root,
     ) -> Self {
         Self {
             places,
             cgroup,
             spec,
             first,
-            rootfs,
+            root,
             started: Mutex::new(false),
             execs: Mutex::default(),
         }

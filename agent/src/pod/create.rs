@@ -8,10 +8,11 @@ use oci_spec::runtime::Spec;
 use super::attach::Attached;
 use super::{Pod, blocking, write_json};
 use crate::container::cgroup::Cgroup;
+use crate::container::disk;
 use crate::container::mounts::{self, Placed};
 use crate::container::spec::{self, Source};
 use crate::container::user::{self, User};
-use crate::container::{Container, Places, Running, Slot, check_name, devices, reserve};
+use crate::container::{Container, Places, Root, Running, Slot, check_name, devices, reserve};
 use crate::error::{Error, Result};
 use crate::helper::{self, Request};
 use crate::modules;
@@ -100,7 +101,7 @@ impl Pod {
                 cgroup,
                 prepared.spec,
                 first,
-                request.rootfs.clone(),
+                prepared.root,
             )),
             Err(error) => {
                 for cleaned in [cgroup.remove().await, places.remove()] {
@@ -123,7 +124,17 @@ impl Pod {
         let given = spec::parse(&request.spec)?;
         places.make()?;
         let share = self.run.join("share");
-        let root = mounts::open_shared(&share, &request.rootfs)?;
+        let from = match request.disk.as_ref() {
+            Some(disk) => {
+                let place = self.run.join("disks").join(&request.container_id);
+                Root::Disk(disk::mount_at(disk, place)?)
+            }
+            None => Root::Share(request.rootfs.clone()),
+        };
+        let root = match &from {
+            Root::Share(path) => mounts::open_shared(&share, path)?,
+            Root::Disk(mounted) => mounts::open_directory(&mounted.place)?,
+        };
         mounts::check_root(&root)?;
         let user = user::look_up(&root, &request.user, &request.additional_gids)?;
         if let Some(process) = given.process() {
@@ -179,6 +190,7 @@ impl Pod {
             spec,
             user,
             _placed: placed,
+            root: from,
         })
     }
 }
@@ -189,4 +201,6 @@ struct Prepared {
     user: User,
     /// Held until the container has its own copies.
     _placed: Vec<Placed>,
+    /// Unmounted after those.
+    root: Root,
 }

@@ -20,7 +20,7 @@ use std::time::Duration;
 use rustix::mount::{UnmountFlags, unmount};
 use tokio::sync::{Semaphore, watch};
 
-use crate::container::{Container, Exit, Slot, exited, ready};
+use crate::container::{Container, Exit, Root, Slot, exited, ready};
 use crate::error::{Doing, Error, Result};
 use crate::process::{Process, Reaper};
 use crate::stdio::Size;
@@ -155,7 +155,10 @@ impl Pod {
         let removed = Arc::clone(&container);
         blocking(move || {
             removed.places.remove()?;
-            pod.release_rootfs(&removed.rootfs);
+            match &removed.root {
+                Root::Share(path) => pod.release_rootfs(path),
+                Root::Disk(mounted) => mounted.unmount()?,
+            }
             Ok(())
         })
         .await?;

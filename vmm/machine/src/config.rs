@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FdIndex(pub u16);
 
-/// A machine, whole and before its first instruction. Nothing is added later.
+/// A machine, whole and before its first instruction. No device is added later: a tap or a disk comes
+/// into one that is here.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MachineConfig {
     /// Virtual processors, 1 to 64.

@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use hull_machine::client::{ConnectError, Machine};
+pub use hull_protocol::agent::Disk;
 use hull_protocol::agent::{
     CreateContainerRequest, Empty, ExecRequest, HelloRequest, MemoryVolume, ProcessesRequest,
     RemoveContainerRequest, RemoveExecRequest, ResizeRequest, SignalRequest, StartContainerRequest,
@@ -108,6 +109,15 @@ impl Process<'_> {
             Self::Exec { container, exec } => (container.into(), exec.into()),
         }
     }
+}
+
+/// Where a container's root file system is.
+#[derive(Debug, Clone)]
+pub enum Root {
+    /// A path beneath the pod's share.
+    Share(String),
+    /// A disk of the machine, which the agent mounts.
+    Disk(Disk),
 }
 
 /// The open streams of a process that is about to be made. What isn't there is not connected.
@@ -304,17 +314,22 @@ impl Agent {
         &self,
         id: &str,
         spec: &crate::oci::ContainerSpec,
-        rootfs: &str,
+        root: &Root,
         stdio: &Stdio,
     ) -> Result<(), AgentError> {
         let json = serde_json::to_vec(&spec.spec).map_err(|error| AgentError::Protocol {
             call: "CreateContainer",
             message: error.to_string(),
         })?;
+        let (rootfs, disk) = match root {
+            Root::Share(path) => (path.clone(), None),
+            Root::Disk(disk) => (String::new(), Some(disk.clone())),
+        };
         let request = CreateContainerRequest {
             container_id: id.into(),
             spec: json,
-            rootfs: rootfs.into(),
+            rootfs,
+            disk: disk.into(),
             user: spec.user.clone(),
             additional_gids: spec.additional_gids.clone(),
             streams: Some(stdio.request.clone()).into(),

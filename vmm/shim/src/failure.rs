@@ -1,7 +1,7 @@
 //! Why a call failed, as containerd understands it.
 
 use hull_pod::agent::AgentError;
-use hull_pod::supervisor::{PodFailure, RewireError};
+use hull_pod::supervisor::{DisksError, PodFailure, RewireError};
 use hull_pod::text::chain;
 use hull_pod::volumes::VolumeError;
 use ttrpc::Code;
@@ -51,6 +51,8 @@ pub enum TaskError {
     },
     #[error(transparent)]
     Volume(#[from] VolumeError),
+    #[error(transparent)]
+    Disk(#[from] DisksError),
     #[error("the pod's network")]
     Network(#[from] RewireError),
     #[error(transparent)]

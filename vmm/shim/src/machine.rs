@@ -2,15 +2,16 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Arc, Mutex as StdMutex, PoisonError};
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
-use hull_pod::agent::{Agent, AgentError, ExitStatus, Process, Stdio};
+use hull_pod::agent::{Agent, AgentError, Disk, ExitStatus, Process, Root, Stdio};
 use hull_pod::manifest::Bandwidth;
 use hull_pod::network::Namespace;
 use hull_pod::supervisor::api::{Exec, Size};
 use hull_pod::supervisor::{
-    Boot, Console, Guest, HostNetwork, Installation, Limits, PodFailure, PodNetwork,
+    Boot, Console, Guest, HostNetwork, Inserted, Installation, Limits, MAX_SLOTS, PodFailure,
+    PodNetwork,
 };
 use hull_pod::text::chain;
 use hull_pod::volumes::{NetworkFacts, Share};
@@ -18,7 +19,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use tokio::sync::{Mutex, watch};
 use tokio::time::timeout;
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, Place};
 use crate::failure::TaskError;
 use crate::pod::{Pod, RootMount};
 use crate::{mounts, spec};
@@ -49,6 +50,8 @@ struct Up {
     guest: Guest,
     share: Arc<Share>,
     volumes: StdMutex<Volumes>,
+    /// Those of the containers whose root file systems are on disks, by the container's name.
+    disks: StdMutex<HashMap<String, Inserted>>,
     host: Arc<Mutex<HostNetwork>>,
     network: PodNetwork,
     _console: Console,
@@ -89,6 +92,7 @@ impl MachinePod {
         &self,
         id: &str,
         bundle: &Bundle,
+        disk_slots: u8,
         console: &mut Option<Console>,
     ) -> Result<Up, TaskError> {
         let namespace = self
@@ -126,6 +130,7 @@ impl MachinePod {
             size,
             console: pipe,
             share: &share,
+            disk_slots,
             bandwidth: Bandwidth::default(),
         };
         let (guest, info) = boot.launch(&mut network).await?.meet().await?;
@@ -142,6 +147,7 @@ impl MachinePod {
             guest,
             share,
             volumes: StdMutex::default(),
+            disks: StdMutex::default(),
             host,
             _console: console.take().ok_or(PodFailure::Stopped)?,
         })
@@ -167,9 +173,15 @@ async fn take_down(up: &watch::Sender<Option<Arc<Up>>>, ending: &Mutex<()>, mach
 
 #[async_trait]
 impl Pod for MachinePod {
-    async fn begin(&self, id: &str, bundle: &Bundle) -> Result<(), TaskError> {
+    async fn begin(&self, id: &str, bundle: &Bundle, root: &[RootMount]) -> Result<(), TaskError> {
+        // The first root says which snapshotter the pod's roots are of.
+        let disk_slots = match (mounts::on_disk(root), &bundle.place) {
+            (None, _) => 0,
+            (Some(_), Place::Alone) => 1,
+            (Some(_), _) => MAX_SLOTS,
+        };
         let mut console = None;
-        let machine = match self.boot(id, bundle, &mut console).await {
+        let machine = match self.boot(id, bundle, disk_slots, &mut console).await {
             Ok(machine) => Arc::new(machine),
             Err(error) => {
                 tracing::error!(error = chain(&error), "the machine did not start");
@@ -200,34 +212,28 @@ impl Pod for MachinePod {
         stdin: bool,
     ) -> Result<Stdio, TaskError> {
         let machine = self.up()?;
-        let (prepared, container) = {
+        let container = {
             let (machine, bundle) = (Arc::clone(&machine), bundle.clone());
-            let (name, root) = (name.to_owned(), root.to_vec());
             tokio::task::spawn_blocking(move || {
-                mounts::root(&machine.share, &name, &bundle, &root)?;
-                let container = spec::container(&bundle.spec, stdin, |source, read_only| {
+                spec::container(&bundle.spec, stdin, |source, read_only| {
                     machine.bind(source, read_only)
-                });
-                if container.is_err() {
-                    machine.unmount(&name);
-                }
-                Ok::<_, TaskError>((name, container?))
+                })
             })
             .await??
         };
+        let root = machine.place_root(name, bundle, root).await?;
         let made = async {
             let tty = container.tty.then_some(TERMINAL);
             let agent = machine.guest.agent();
             let stdio = agent.open_stdio(stdin, tty).await?;
             agent
-                .create_container(name, &container, &format!("rootfs/{prepared}"), &stdio)
+                .create_container(name, &container, &root, &stdio)
                 .await?;
             Ok(stdio)
         }
         .await;
         if made.is_err() {
-            let name = prepared;
-            tokio::task::spawn_blocking(move || machine.unmount(&name)).await?;
+            machine.release_root(name).await;
         }
         made
     }
@@ -276,8 +282,7 @@ impl Pod for MachinePod {
             Ok(Err(error)) => return Err(error.into()),
         }
         let removed = agent.remove_container(name).await;
-        let name = name.to_owned();
-        tokio::task::spawn_blocking(move || machine.unmount(&name)).await?;
+        machine.release_root(name).await;
         Ok(removed?)
     }
 
@@ -323,10 +328,59 @@ impl Up {
         Ok(name)
     }
 
-    /// What can't be unmounted goes with the process's mount namespace.
-    fn unmount(&self, name: &str) {
-        if let Err(error) = self.share.unmount_root(name) {
-            tracing::warn!(name, error = chain(&error), "removing a root file system");
+    /// Puts a container's root file system where the guest reaches it: into the share, or into a slot for disks.
+    async fn place_root(
+        self: &Arc<Self>,
+        name: &str,
+        bundle: &Bundle,
+        mounts: &[RootMount],
+    ) -> Result<Root, TaskError> {
+        let Some(mount) = mounts::on_disk(mounts) else {
+            let (machine, bundle) = (Arc::clone(self), bundle.clone());
+            let (name, mounts) = (name.to_owned(), mounts.to_vec());
+            return tokio::task::spawn_blocking(move || {
+                mounts::root(&machine.share, &name, &bundle, &mounts)?;
+                Ok(Root::Share(format!("rootfs/{name}")))
+            })
+            .await?;
+        };
+        let disk = mounts::Disk::open(mount)?;
+        let inserted = self
+            .guest
+            .disks()
+            .insert(&disk.file, disk.read_only)
+            .await?;
+        let root = Root::Disk(Disk {
+            serial: inserted.serial(),
+            file_system: disk.file_system,
+            read_only: disk.read_only,
+            options: disk.options,
+            ..Default::default()
+        });
+        self.disks().insert(name.to_owned(), inserted);
+        Ok(root)
+    }
+
+    /// The guest has unmounted it, or is gone. What can't be unmounted of the share goes with the process's mount
+    /// namespace.
+    async fn release_root(self: &Arc<Self>, name: &str) {
+        let inserted = self.disks().remove(name);
+        if let Some(inserted) = inserted {
+            self.guest.disks().eject(inserted).await;
+            return;
         }
+        let (machine, root) = (Arc::clone(self), name.to_owned());
+        let unmounted = tokio::task::spawn_blocking(move || machine.share.unmount_root(&root));
+        match unmounted.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(name, error = chain(&error), "removing a root file system");
+            }
+            Err(error) => tracing::error!(name, %error, "removing a root file system"),
+        }
+    }
+
+    fn disks(&self) -> MutexGuard<'_, HashMap<String, Inserted>> {
+        self.disks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

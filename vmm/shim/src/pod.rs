@@ -19,7 +19,7 @@ pub struct RootMount {
 #[async_trait]
 pub trait Pod: Send + Sync {
     /// Starts the machine and infra, for the pod's first container `id`.
-    async fn begin(&self, id: &str, bundle: &Bundle) -> Result<(), TaskError>;
+    async fn begin(&self, id: &str, bundle: &Bundle, root: &[RootMount]) -> Result<(), TaskError>;
 
     /// Prepares a container, and returns its streams.
     async fn create(

@@ -88,7 +88,7 @@ impl StandIn {
 
 #[async_trait]
 impl Pod for StandIn {
-    async fn begin(&self, _: &str, _: &Bundle) -> Result<(), TaskError> {
+    async fn begin(&self, _: &str, _: &Bundle, _: &[RootMount]) -> Result<(), TaskError> {
         self.up.send_replace(true);
         Ok(())
     }

@@ -72,6 +72,17 @@ pub struct New {
     pub places: Places,
 }
 
+impl New {
+    fn mounts(&self) -> Vec<RootMount> {
+        let mounts = self.root.iter().map(|mount| RootMount {
+            kind: mount.type_.clone(),
+            source: mount.source.clone(),
+            options: mount.options.clone(),
+        });
+        mounts.collect()
+    }
+}
+
 impl Tasks {
     #[must_use]
     pub fn new(pod: Arc<dyn Pod>, host: Host, events: Events, drain: Duration) -> Arc<Self> {
@@ -107,7 +118,7 @@ impl Tasks {
         let owner = lock(&self.owner).clone();
         match owner {
             None if first => {
-                self.pod.begin(&new.id, &bundle).await?;
+                self.pod.begin(&new.id, &bundle, &new.mounts()).await?;
                 *lock(&self.owner) = Some(new.id.clone());
             }
             Some(owner) if !first && bundle.owner(&new.id) == owner => {}
@@ -165,17 +176,8 @@ impl Tasks {
             (None, None)
         } else {
             let name = self.name("container");
-            let root: Vec<RootMount> = new
-                .root
-                .iter()
-                .map(|mount| RootMount {
-                    kind: mount.type_.clone(),
-                    source: mount.source.clone(),
-                    options: mount.options.clone(),
-                })
-                .collect();
             let stdin = !new.places.stdin.is_empty();
-            let stdio = self.pod.create(&name, bundle, &root, stdin).await?;
+            let stdio = self.pod.create(&name, bundle, &new.mounts(), stdin).await?;
             let streams = match self.connect(stdio, &new.places, &new.id).await {
                 Ok(streams) => streams,
                 Err(error) => {

@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use bundle::{Bundle, client, runs, until};
@@ -275,6 +276,90 @@ async fn a_sandbox_outlives_its_containers() {
 
     kill(&client, "pod").await;
     assert_eq!(wait(&client, "pod", "").await, 137);
+    assert_eq!(delete(&client, "pod").await, 137);
+    end(&client, &pod.bundle).await;
+}
+
+/// A file with an ext4 file system of what is in a directory.
+fn disk_of(directory: &Path, file: &Path) {
+    File::create(file).unwrap().set_len(16 << 20).unwrap();
+    let made = Command::new("mkfs.ext4")
+        .args(["-q", "-d"])
+        .arg(directory)
+        .arg(file)
+        .status();
+    assert!(made.unwrap().success());
+}
+
+/// The sandbox's root, whatever is in it, makes the machine one with places for disks.
+#[tokio::test]
+#[ignore = "needs KVM"]
+async fn root_file_systems_on_disks_are_the_machines() {
+    let data = tempfile::tempdir().unwrap();
+    let annotations = |kind| {
+        format!(
+            r#""io.kubernetes.cri.container-type":"{kind}","io.kubernetes.cri.sandbox-id":"pod""#
+        )
+    };
+    let pod = Host::new("pod", "", &annotations("sandbox"), data.path());
+    let script = "grep ' / ' /proc/mounts; echo kept >/kept; ls -l /bin/busybox";
+    let host = Host::new("one", script, &annotations("container"), data.path());
+    let disk = data.path().join("disk");
+    disk_of(&host.bundle.path().join("rootfs"), &disk);
+    fs::remove_file(host.bundle.path().join("rootfs/bin/busybox")).unwrap();
+    let on_disk = |create: CreateTaskRequest, options: &[&str]| CreateTaskRequest {
+        rootfs: vec![Mount {
+            type_: "ext4".into(),
+            source: disk.display().to_string(),
+            options: options.iter().map(|o| (*o).to_owned()).collect(),
+            ..Default::default()
+        }],
+        ..create
+    };
+    let client = client(&pod.bundle.start()).await;
+    client
+        .create(within(), &on_disk(pod.create(), &["ro"]))
+        .await
+        .unwrap();
+    start(&client, "pod", "").await;
+
+    // Twice: a place is free again, with another disk in it.
+    for round in 0..2 {
+        client
+            .create(within(), &on_disk(host.create(), &["loop"]))
+            .await
+            .unwrap();
+        let printed = host.reader();
+        start(&client, "one", "").await;
+        assert_eq!(wait(&client, "one", "").await, 0, "round {round}");
+        let printed = printed.await.unwrap();
+        assert!(printed.contains(" / ext4 rw"), "{printed}");
+        assert!(printed.contains("/bin/busybox"), "{printed}");
+        assert_eq!(delete(&client, "one").await, 0);
+
+        // The guest has let go of it, and all is written.
+        let check = Command::new("e2fsck")
+            .args(["-fn"])
+            .arg(&disk)
+            .output()
+            .unwrap();
+        assert!(check.status.success(), "{check:?}");
+        let kept = Command::new("debugfs")
+            .args(["-R", "cat /kept"])
+            .arg(&disk)
+            .output();
+        assert_eq!(kept.unwrap().stdout, b"kept\n");
+    }
+    let mut unknown = on_disk(host.create(), &[]);
+    unknown.rootfs[0].type_ = "xfs".into();
+    let refused = client
+        .create(within(), &unknown)
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(refused.contains("xfs"), "{refused}");
+
+    kill(&client, "pod").await;
     assert_eq!(delete(&client, "pod").await, 137);
     end(&client, &pod.bundle).await;
 }

@@ -311,6 +311,9 @@ const CONTROL: &[Call] = &[
     any(libc::SYS_rt_sigaction),
     one_of(libc::SYS_fcntl, 1, DESCRIPTOR_FLAGS),
     one_of(libc::SYS_ioctl, 1, &[FIONBIO, TUNSETVNETHDRSZ]),
+    // what a disk is that is put in, and how large
+    any(libc::SYS_fstat),
+    any(libc::SYS_lseek),
 ];
 
 /// Making threads, and what a thread does until its own filter stands.

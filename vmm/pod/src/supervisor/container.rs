@@ -15,7 +15,7 @@ use super::network::RewireError;
 use super::output::{Attachment, Output};
 use super::record::Record;
 use super::stop::Stop;
-use crate::agent::{AgentError, ExitStatus, Process};
+use crate::agent::{AgentError, ExitStatus, Process, Root};
 use crate::events::EventType;
 use crate::images::Image;
 use crate::logs::LogWriter;
@@ -260,7 +260,12 @@ impl Container {
         let tty = prepared.spec.tty.then(|| size.unwrap_or(TERMINAL));
         let stdio = pod.agent.open_stdio(prepared.spec.stdin, tty).await?;
         pod.agent
-            .create_container(name, &prepared.spec, &format!("rootfs/{rootfs}"), &stdio)
+            .create_container(
+                name,
+                &prepared.spec,
+                &Root::Share(format!("rootfs/{rootfs}")),
+                &stdio,
+            )
             .await?;
         let message = format!("created container {name}");
         pod.record

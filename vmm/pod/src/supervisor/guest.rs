@@ -10,6 +10,7 @@ use tokio::net::UnixStream;
 use tokio::sync::{Mutex, mpsc};
 use tokio::time::timeout;
 
+use super::disks::{self, Disks, MAX_SLOTS};
 use super::failure::PodFailure;
 use super::installation::Installation;
 use super::limits::Limits;
@@ -30,6 +31,8 @@ pub struct Boot<'a> {
     /// Where the guest's console goes: a pipe that is read.
     pub console: OwnedFd,
     pub share: &'a Share,
+    /// Slots for root file systems on disks, at most [`super::MAX_SLOTS`].
+    pub disk_slots: u8,
     /// Of each of its interfaces.
     pub bandwidth: Bandwidth,
 }
@@ -46,10 +49,14 @@ impl Boot<'_> {
             self.console,
             self.share.root(),
         )?;
+        let slots = self.disk_slots.min(MAX_SLOTS);
+        let spec = (0..slots).fold(spec, |spec, slot| spec.disk_slot(disks::serial(slot)));
         let spec = network.add_to(spec, self.bandwidth)?;
         let (machine, connections) = Machine::launch(&self.installation.vmm, spec).await?;
+        let machine = Arc::new(machine);
         Ok(Launched {
-            machine: Arc::new(machine),
+            disks: Disks::new(Arc::clone(&machine), slots),
+            machine,
             connections,
             limits: self.limits,
         })
@@ -60,6 +67,7 @@ impl Boot<'_> {
 #[derive(Debug)]
 pub struct Launched {
     machine: Arc<Machine>,
+    disks: Disks,
     connections: mpsc::Receiver<GuestConnection>,
     limits: Limits,
 }
@@ -78,6 +86,7 @@ impl Launched {
     pub async fn meet(self) -> Result<(Guest, GuestInfo), PodFailure> {
         let Self {
             machine,
+            disks,
             connections,
             limits,
         } = self;
@@ -86,6 +95,7 @@ impl Launched {
         let info = agent.hello().await?;
         let guest = Guest {
             machine,
+            disks,
             agent,
             alive,
             end: limits.end,
@@ -98,6 +108,7 @@ impl Launched {
 #[derive(Debug)]
 pub struct Guest {
     machine: Arc<Machine>,
+    disks: Disks,
     agent: Agent,
     /// Open as long as the agent lives.
     alive: UnixStream,
@@ -109,6 +120,11 @@ impl Guest {
     #[must_use]
     pub fn machine(&self) -> &Arc<Machine> {
         &self.machine
+    }
+
+    #[must_use]
+    pub fn disks(&self) -> &Disks {
+        &self.disks
     }
 
     #[must_use]

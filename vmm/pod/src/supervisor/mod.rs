@@ -8,6 +8,7 @@ pub mod api;
 mod backoff;
 mod console;
 mod container;
+mod disks;
 mod exec;
 mod failure;
 mod guest;
@@ -24,6 +25,7 @@ mod server;
 mod stop;
 
 pub use console::Console;
+pub use disks::{Disks, DisksError, Inserted, MAX_SLOTS};
 pub use failure::PodFailure;
 pub use guest::{Boot, Guest, Launched};
 pub use installation::{Installation, InstallationError};

@@ -142,6 +142,7 @@ impl Pod {
         *console = Some(reader);
         let mut network = network.lock().await;
         let boot = Boot {
+            disk_slots: 0,
             installation,
             limits: self.service.limits,
             size: oci::machine_size(&self.manifest),
