@@ -1,5 +1,7 @@
 //! Pods as a kubelet asks for them.
 
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::Path;
 use std::time::Duration;
 
 use hull_tests::containerd::Containerd;
@@ -221,4 +223,237 @@ fn streams_pass(cri: &Cri, pod: &CriPod<'_>, client: &str) {
     let mut stream = CriStream::open(cri, &url);
     stream.send(DATA, b"GET / HTTP/1.0\r\n\r\n");
     stream.wait_for(DATA, "served");
+}
+
+/// A profile that refuses as little as the test allows, and is there all the same.
+fn security(uid: i64) -> LinuxContainerSecurityContext {
+    LinuxContainerSecurityContext {
+        capabilities: Some(Capability {
+            add_capabilities: vec!["NET_ADMIN".into()],
+            drop_capabilities: vec!["ALL".into()],
+            ..Default::default()
+        }),
+        run_as_user: Some(Int64Value { value: uid }),
+        run_as_group: Some(Int64Value { value: 100 }),
+        supplemental_groups: vec![33, 4444],
+        readonly_rootfs: true,
+        no_new_privs: true,
+        seccomp: Some(SecurityProfile::default()),
+        masked_paths: vec!["/proc/kcore".into()],
+        readonly_paths: vec!["/proc/sys".into()],
+        ..Default::default()
+    }
+}
+
+#[test]
+fn containers_have_what_they_ask_for() {
+    let containerd = Containerd::start();
+    let cri = Cri::new(&containerd);
+    let mut config = cri.pod_config("asks");
+    config.port_mappings = vec![PortMapping {
+        container_port: 80,
+        host_port: 18_080,
+        ..Default::default()
+    }];
+    let linux = config.linux.as_mut().unwrap();
+    linux.sysctls = [("net.ipv4.ip_unprivileged_port_start".into(), "80".into())].into();
+    let pod = CriPod::run_with(&cri, "hull", config);
+    let volume = containerd.work_dir().join("volume");
+    publish(&volume, "1", "old");
+
+    let mut config = container(
+        "secure",
+        "mkdir /tmp/www; echo served >/tmp/www/index.html; httpd -h /tmp/www -p 80; exec sleep 100000",
+    );
+    config.linux.as_mut().unwrap().security_context = Some(security(1000));
+    config.working_dir = "/tmp".into();
+    config.envs = vec![KeyValue {
+        key: "NAMED".into(),
+        value: "value".into(),
+    }];
+    config.mounts = vec![
+        Mount {
+            container_path: "/etc/config".into(),
+            host_path: volume.display().to_string(),
+            readonly: true,
+            ..Default::default()
+        },
+        Mount {
+            container_path: "/tmp".into(),
+            host_path: scratch(&containerd),
+            ..Default::default()
+        },
+    ];
+    let secure = pod.started(config);
+
+    assert_eq!(
+        pod.sh(&secure, "id -u; id -g; id -G; echo $NAMED; pwd"),
+        "1000\n100\n100 33 4444\nvalue\n/tmp"
+    );
+    let status = pod.sh(&secure, "cat /proc/1/status");
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_default()
+            .trim_start_matches(':')
+            .trim()
+            .to_owned()
+    };
+    // CAP_NET_ADMIN is bit 12.
+    assert_eq!(field("CapBnd"), "0000000000001000");
+    assert_eq!(
+        (field("Seccomp"), field("NoNewPrivs")),
+        ("2".into(), "1".into())
+    );
+    assert_eq!(field("Groups"), "33 100 4444");
+    let refused = pod.sh(
+        &secure,
+        "(touch /file) 2>&1; (touch /etc/config/file) 2>&1; (echo 1 >/proc/sys/vm/overcommit_memory) 2>&1; true",
+    );
+    assert_eq!(
+        refused.matches("Read-only file system").count(),
+        3,
+        "{refused}"
+    );
+
+    // As the kubelet updates a ConfigMap: by a link that is exchanged.
+    assert_eq!(pod.sh(&secure, "cat /etc/config/key"), "old");
+    publish(&volume, "2", "new");
+    eventually("the new value is seen", Duration::from_secs(10), || {
+        (pod.sh(&secure, "cat /etc/config/key") == "new").then_some(())
+    });
+
+    let fetched = std::process::Command::new("busybox")
+        .args([
+            "wget",
+            "-qO-",
+            &format!("http://{}:18080/", containerd.gateway()),
+        ])
+        .output()
+        .unwrap();
+    assert_eq!(fetched.stdout, b"served\n", "{fetched:?}");
+
+    let mut config = container("hungry", "x=x; while :; do x=$x$x; done");
+    config.linux.as_mut().unwrap().resources = Some(LinuxContainerResources {
+        memory_limit_in_bytes: 32 << 20,
+        ..Default::default()
+    });
+    let hungry = pod.started(config);
+    let ended = pod.ended(&hungry);
+    assert_eq!((ended.exit_code, &*ended.reason), (137, "OOMKilled"));
+
+    let mut config = container("device", SLEEP);
+    config.devices = vec![Device {
+        container_path: "/dev/kvm".into(),
+        host_path: "/dev/kvm".into(),
+        permissions: "rw".into(),
+    }];
+    let id = pod.create(config).unwrap();
+    let refused = pod.start(&id).unwrap_err();
+    assert!(
+        refused.message().contains("/dev/kvm: a device of the host"),
+        "{refused}"
+    );
+    let missing = pod.create(ContainerConfig {
+        command: vec!["/no/such/program".into()],
+        ..container("missing", "")
+    });
+    let refused = pod.start(&missing.unwrap()).unwrap_err();
+    assert!(refused.message().contains("/no/such/program"), "{refused}");
+
+    pod.remove();
+    containerd.nothing_left();
+}
+
+/// A directory that everybody may write to.
+fn scratch(containerd: &Containerd) -> String {
+    let directory = containerd.work_dir().join("scratch");
+    std::fs::create_dir(&directory).unwrap();
+    std::fs::set_permissions(&directory, std::fs::Permissions::from_mode(0o777)).unwrap();
+    directory.display().to_string()
+}
+
+/// Writes a value into a volume as the kubelet does: a new directory, then the link `..data` to it in one step.
+fn publish(volume: &Path, version: &str, value: &str) {
+    let directory = format!("..{version}");
+    std::fs::create_dir_all(volume.join(&directory)).unwrap();
+    std::fs::write(volume.join(&directory).join("key"), value).unwrap();
+    symlink(&directory, volume.join("..data_tmp")).unwrap();
+    std::fs::rename(volume.join("..data_tmp"), volume.join("..data")).unwrap();
+    // It is there from the first time.
+    let _ = symlink("..data/key", volume.join("key"));
+}
+
+#[test]
+fn pods_of_one_name_are_apart() {
+    let containerd = Containerd::start();
+    let cri = Cri::new(&containerd);
+    let config = |namespace: &str| {
+        let mut config = cri.pod_config(&format!("{namespace}-web"));
+        let metadata = config.metadata.as_mut().unwrap();
+        metadata.name = "web".into();
+        metadata.namespace = namespace.into();
+        config
+    };
+    let one = CriPod::run_with(&cri, "hull", config("one"));
+    let two = CriPod::run_with(&cri, "hull", config("two"));
+    let boot_ids = [&one, &two].map(|pod| {
+        let id = pod.started(container("web", "cat /proc/sys/kernel/random/boot_id"));
+        assert_eq!(pod.ended(&id).exit_code, 0);
+        log_lines(&pod.log_path("web.log"))
+    });
+    assert_ne!(boot_ids[0], boot_ids[1]);
+    assert_ne!(one.address(), two.address());
+
+    one.remove();
+
+    let id = two.started(container("late", "echo here"));
+    assert_eq!(two.ended(&id).exit_code, 0);
+    two.remove();
+    containerd.nothing_left();
+}
+
+/// A directory with a shim that finds no /dev/kvm.
+fn without_kvm(directory: &Path) {
+    const NAME: &str = "containerd-shim-hull-v2";
+    let path = std::env::var_os("PATH").unwrap();
+    let mut places = std::env::split_paths(&path);
+    let shim = places.find(|place| place.join(NAME).exists()).unwrap();
+    let script = format!(
+        "#!/bin/sh\nexec unshare --mount sh -c 'mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && \
+         exec \"$@\"' sh {} \"$@\"\n",
+        shim.join(NAME).display()
+    );
+    std::fs::write(directory.join(NAME), script).unwrap();
+    std::fs::set_permissions(directory.join(NAME), std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// What `kubectl describe` shows of a pod that can't be.
+#[test]
+fn a_pod_that_can_not_be_is_told_why() {
+    let wrapped = tempfile::tempdir().unwrap();
+    without_kvm(wrapped.path());
+    let path = std::env::var("PATH").unwrap();
+    let path = format!("{}:{path}", wrapped.path().display());
+    for (variable, value, told) in [
+        ("HULL_GUEST_DIR", "/nowhere", ["/nowhere", "guest image"]),
+        ("HULL_VMM", "/nowhere/hull-vmm", ["/nowhere", "HULL_VMM"]),
+        ("PATH", &path, ["/dev/kvm", "hull check"]),
+    ] {
+        let containerd = Containerd::start_with(&[(variable, value)]);
+        let cri = Cri::new(&containerd);
+        let error = cri.run_sandbox("hull", &cri.pod_config("not")).unwrap_err();
+        for word in told {
+            assert!(error.message().contains(word), "{error}");
+        }
+        let mut config = cri.pod_config("host");
+        let linux = config.linux.as_mut().unwrap();
+        let security = linux.security_context.as_mut().unwrap();
+        security.namespace_options = Some(NamespaceOption {
+            network: NamespaceMode::Node.into(),
+            ..Default::default()
+        });
+        let error = cri.run_sandbox("hull", &config).unwrap_err();
+        assert!(error.message().contains("hostNetwork"), "{error}");
+        containerd.nothing_left();
+    }
 }

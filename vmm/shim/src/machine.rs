@@ -21,6 +21,7 @@ use tokio::time::timeout;
 
 use crate::bundle::{Bundle, Place};
 use crate::failure::TaskError;
+use crate::forward::Forwarding;
 use crate::pod::{Pod, RootMount};
 use crate::{mounts, spec};
 
@@ -54,6 +55,8 @@ struct Up {
     disks: StdMutex<HashMap<String, Inserted>>,
     host: Arc<Mutex<HostNetwork>>,
     network: PodNetwork,
+    /// None: the kernel can't do it.
+    _forwarding: Option<Forwarding>,
     _console: Console,
 }
 
@@ -142,6 +145,10 @@ impl MachinePod {
         guest.start_infra(&infra, &[]).await?;
         guest.configure_network(&infra, &network).await?;
         drop(network);
+        let forwarding = Forwarding::start(guest.agent().clone()).await;
+        if let Err(error) = &forwarding {
+            tracing::warn!(%error, "ports can't be forwarded by way of the pod's network namespace");
+        }
         Ok(Up {
             network: guest.network(&host),
             guest,
@@ -149,6 +156,7 @@ impl MachinePod {
             volumes: StdMutex::default(),
             disks: StdMutex::default(),
             host,
+            _forwarding: forwarding.ok(),
             _console: console.take().ok_or(PodFailure::Stopped)?,
         })
     }

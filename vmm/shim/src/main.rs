@@ -9,6 +9,7 @@ mod cgroup;
 mod delete;
 mod events;
 mod failure;
+mod forward;
 mod hooks;
 mod host;
 mod logger;
@@ -20,6 +21,7 @@ mod serve;
 mod service;
 mod spec;
 mod start;
+mod steer;
 mod streams;
 mod tasks;
 
