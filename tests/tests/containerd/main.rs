@@ -8,4 +8,6 @@
 
 mod monitor;
 mod options;
+mod pods;
 mod tasks;
+mod terminal;

@@ -24,6 +24,7 @@ use tokio::time::timeout;
 
 use crate::bundle::{Bundle, Namespace as Wanted, Place};
 use crate::failure::TaskError;
+use crate::forward::Forwarding;
 use crate::pids::{self, Sharing};
 use crate::pod::{Pod, RootMount};
 use crate::{mounts, spec};
@@ -61,6 +62,8 @@ struct Up {
     disks: StdMutex<HashMap<String, Inserted>>,
     host: Arc<Mutex<HostNetwork>>,
     network: PodNetwork,
+    /// None: the kernel can't do it.
+    _forwarding: Option<Forwarding>,
     _console: Console,
 }
 
@@ -166,6 +169,10 @@ impl MachinePod {
         guest.configure_network(&infra, &network).await?;
         let meter = Arc::new(guest.meter(&network)?);
         drop(network);
+        let forwarding = Forwarding::start(guest.agent().clone()).await;
+        if let Err(error) = &forwarding {
+            tracing::warn!(%error, "ports can't be forwarded by way of the pod's network namespace");
+        }
         Ok(Up {
             meter,
             network: guest.network(&host),
@@ -175,6 +182,7 @@ impl MachinePod {
             pids: StdMutex::default(),
             disks: StdMutex::default(),
             host,
+            _forwarding: forwarding.ok(),
             _console: console.take().ok_or(PodFailure::Stopped)?,
         })
     }

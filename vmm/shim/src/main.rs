@@ -9,6 +9,7 @@ mod cgroup;
 mod delete;
 mod events;
 mod failure;
+mod forward;
 mod hooks;
 mod host;
 mod logger;
@@ -24,6 +25,7 @@ mod service;
 mod spec;
 mod start;
 mod stats;
+mod steer;
 mod streams;
 mod tasks;
 

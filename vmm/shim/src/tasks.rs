@@ -16,6 +16,7 @@ use hull_pod::agent::{Process, Stdio};
 use hull_pod::supervisor::Limits;
 use hull_pod::supervisor::api::{Exec, Size};
 use hull_pod::text::chain;
+use oci_spec::runtime::User;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -39,6 +40,7 @@ pub struct Task {
     pub bundle: PathBuf,
     /// As the agent knows it. None: it stands for infra.
     name: Option<String>,
+    user: Option<User>,
     first: Arc<Managed>,
     hooks: Hooks,
     execs: Mutex<HashMap<String, (String, Arc<Managed>)>>,
@@ -190,10 +192,12 @@ impl Tasks {
             };
             (Some(name), Some(streams))
         };
+        let process = bundle.spec.process().as_ref();
         Ok(Task {
             id: new.id.clone(),
             bundle: new.bundle.clone(),
             name,
+            user: process.map(|process| process.user().clone()),
             first: Arc::new(Managed::new(new.places.clone(), None, streams)),
             hooks: Hooks::of(&bundle.spec, &new.id, new.bundle.clone()),
             execs: Mutex::default(),
@@ -364,7 +368,9 @@ impl Tasks {
             args: process.args().clone().unwrap_or_default(),
             env: process.env().clone().unwrap_or_default(),
             cwd: Some(process.cwd().display().to_string()).filter(|cwd| !cwd.is_empty()),
-            user: Some(format!("{}:{}", user.uid(), user.gid())),
+            // The container's own has further groups, too.
+            user: (task.user.as_ref() != Some(user))
+                .then(|| format!("{}:{}", user.uid(), user.gid())),
             stdin: !places.stdin.is_empty(),
             tty: places.terminal.then(|| size(process)),
         };
