@@ -35,6 +35,8 @@ use crate::text::{cut, printable};
 
 /// A text of the agent is cut to this many bytes.
 const TEXT_MAX: usize = 1024;
+/// The agent is told a limit that is longer by this, so that ours is what ends a call, and says so.
+const LATE: Duration = Duration::from_secs(1);
 /// More processes than a container is told to have at most.
 const PROCESSES_MAX: usize = 4096;
 
@@ -531,7 +533,7 @@ impl Agent {
     }
 
     fn context(&self) -> Context {
-        ttrpc::context::with_duration(self.limit)
+        ttrpc::context::with_duration(self.limit + LATE)
     }
 
     async fn call<T>(
@@ -561,8 +563,7 @@ async fn within<T>(
     limit: Duration,
     work: impl Future<Output = Result<T, AgentError>>,
 ) -> Result<T, AgentError> {
-    // The call's own limit is told to the agent as well; this one holds whatever ttrpc does.
-    tokio::time::timeout(limit + Duration::from_secs(1), work)
+    tokio::time::timeout(limit, work)
         .await
         .unwrap_or(Err(AgentError::TimedOut { call, limit }))
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -47,6 +48,8 @@ pub struct MachinePod {
     namespace: Option<Namespace>,
     /// Held while the machine is taken down.
     ending: Arc<Mutex<()>>,
+    /// Whether the machine is to end.
+    asked: Arc<AtomicBool>,
     up: watch::Sender<Option<Arc<Up>>>,
 }
 
@@ -86,6 +89,7 @@ impl MachinePod {
             configuration,
             namespace,
             ending: Arc::default(),
+            asked: Arc::default(),
             up: watch::Sender::new(None),
         }
     }
@@ -230,9 +234,17 @@ impl Pod for MachinePod {
         };
         self.up.send_replace(Some(Arc::clone(&machine)));
         let (up, ending) = (self.up.clone(), Arc::clone(&self.ending));
+        let asked = Arc::clone(&self.asked);
         tokio::spawn(async move {
             let reason = machine.guest.death().await;
-            tracing::warn!(error = chain(&reason), "the machine has ended");
+            if asked.load(Ordering::Relaxed) {
+                tracing::info!(
+                    reason = chain(&reason),
+                    "the machine has ended, as it was asked"
+                );
+            } else {
+                tracing::warn!(error = chain(&reason), "the machine has ended");
+            }
             take_down(&up, &ending, &machine).await;
         });
         Ok(())
@@ -330,13 +342,14 @@ impl Pod for MachinePod {
         };
         let agent = machine.guest.agent();
         // One that was never started has a process that waits.
-        let _ = agent.signal(Process::Container(name), SIGKILL, true).await;
-        let ended = agent.wait(Process::Container(name));
-        match timeout(self.limits.end, ended).await {
-            // Whether it is gone the agent tells when it removes it.
-            Ok(Ok(_) | Err(AgentError::Refused { .. })) | Err(_) => {}
-            Ok(Err(error)) => return Err(error.into()),
+        let killed = agent.signal(Process::Container(name), SIGKILL, true).await;
+        if let Err(error) = answered(killed) {
+            // Nor will it answer to anything else.
+            machine.release_root(name).await;
+            return Err(error.into());
         }
+        // Whether it is gone the agent tells when it removes it.
+        let _ = timeout(self.limits.end, agent.wait(Process::Container(name))).await;
         let removed = agent.remove_container(name).await;
         machine.pids().forget(name);
         machine.release_root(name).await;
@@ -355,8 +368,17 @@ impl Pod for MachinePod {
     async fn shut_down(&self) {
         let machine = self.up.borrow().clone();
         if let Some(machine) = machine {
+            self.asked.store(true, Ordering::Relaxed);
             take_down(&self.up, &self.ending, &machine).await;
         }
+    }
+}
+
+/// An answer is one, also if it is no.
+fn answered(answer: Result<(), AgentError>) -> Result<(), AgentError> {
+    match answer {
+        Err(AgentError::Refused { .. }) => Ok(()),
+        other => other,
     }
 }
 

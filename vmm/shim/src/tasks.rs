@@ -456,15 +456,19 @@ impl Tasks {
             self.pod.shut_down().await;
             return Ok(());
         }
+        let refused = sent.is_err();
         if whole && lock(&self.owner).as_deref() == Some(&task.id) {
             let (pod, process) = (Arc::clone(&self.pod), Arc::clone(process));
             let (id, limit) = (task.id.clone(), self.limits.end);
-            tokio::spawn(async move {
+            let end = tokio::spawn(async move {
                 if timeout(limit, process.gone()).await.is_err() {
                     tracing::error!(id, "SIGKILL has no effect: the machine ends");
                     pod.shut_down().await;
                 }
             });
+            if refused {
+                return Ok(end.await?);
+            }
         }
         sent
     }

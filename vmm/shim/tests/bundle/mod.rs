@@ -20,12 +20,18 @@ pub const LONG: Duration = Duration::from_secs(20);
 pub struct Bundle {
     root: tempfile::TempDir,
     pub id: &'static str,
+    /// The shim's, beside this process's own.
+    pub environment: Vec<(&'static str, PathBuf)>,
 }
 
 impl Bundle {
     pub fn new(id: &'static str, spec: &str) -> Self {
         let root = tempfile::tempdir().unwrap();
-        let bundle = Self { root, id };
+        let bundle = Self {
+            root,
+            id,
+            environment: vmm().into_iter().collect(),
+        };
         fs::create_dir_all(bundle.path().join("rootfs")).unwrap();
         fs::write(bundle.path().join("config.json"), spec).unwrap();
         for name in ["log", "stdin", "stdout"] {
@@ -65,7 +71,7 @@ impl Bundle {
             .args(["-address", "/nowhere", "-publish-binary"])
             .arg(self.publisher())
             .args(action)
-            .envs(vmm())
+            .envs(self.environment.iter().cloned())
             .current_dir(self.path())
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
