@@ -29,6 +29,8 @@ use ttrpc::r#async::{Server, TtrpcContext};
 /// The environment of the stand-in: what it does; and of the machine, rather than its launcher, which is its parent.
 const CONDUCT: &str = "HULL_TEST_CONDUCT";
 const JAILED: &str = "HULL_TEST_JAILED";
+/// By which its processes are found.
+const ROOT: &str = "HULL_TEST_ROOT";
 /// The name of the test that is no test.
 const ENTRY: &str = "what_the_shim_takes_for_hull_vmm";
 /// More than a message may have.
@@ -80,8 +82,9 @@ pub type Conduct = (Kind, &'static str);
 pub fn installed(root: &Path, (kind, call): Conduct) -> Vec<(&'static str, PathBuf)> {
     let program = root.join("hull-vmm");
     let script = format!(
-        "#!/bin/sh\nexport {CONDUCT}={kind:?}:{call}\nexec {} --exact {ENTRY} --nocapture\n",
-        std::env::current_exe().unwrap().display()
+        "#!/bin/sh\nexport {CONDUCT}={kind:?}:{call} {ROOT}={root}\nexec {} --exact {ENTRY} --nocapture\n",
+        std::env::current_exe().unwrap().display(),
+        root = root.display(),
     );
     fs::write(&program, script).unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
@@ -183,10 +186,8 @@ impl Machine {
                     continue;
                 }
             };
-            if deaf && *begun.borrow() {
-                std::future::pending::<()>().await;
-            }
             match received {
+                Ok(Some(_)) if deaf && *begun.borrow() => {}
                 Ok(Some((request, descriptors))) => self.answer(request, descriptors).await,
                 // The supervisor is gone.
                 Ok(None) | Err(_) => return,
