@@ -104,9 +104,12 @@ impl Pod {
         if all {
             return self.container(container)?.cgroup.signal(signal);
         }
-        self.process(container, exec)?
-            .signal(signal)
-            .doing(|| format!("sending signal {signal}"))
+        match self.process(container, exec)?.signal(signal) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
+                Err(Error::State("the process has ended".into()))
+            }
+            sent => sent.doing(|| format!("sending signal {signal}")),
+        }
     }
 
     fn process(&self, container: &str, exec: &str) -> Result<Process> {

@@ -6,4 +6,6 @@
     reason = "a test reports by panicking"
 )]
 
+mod monitor;
+mod options;
 mod tasks;

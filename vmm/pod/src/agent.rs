@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use hull_machine::client::{ConnectError, Machine};
@@ -28,6 +28,7 @@ use ttrpc::r#async::Client;
 use ttrpc::r#async::transport::Socket;
 use ttrpc::context::Context;
 
+use crate::metrics::Calls;
 use crate::oci::{InfraSpec, Pids};
 use crate::supervisor::api::Size;
 use crate::text::{cut, printable};
@@ -156,6 +157,7 @@ pub struct Agent {
     limit: Duration,
     /// Read by each call for as long as it takes; see [`Self::hold`].
     calls: Arc<RwLock<()>>,
+    taken: Arc<Calls>,
 }
 
 /// Keeps calls back until it is dropped.
@@ -190,6 +192,7 @@ impl Agent {
             next_stream: Arc::new(AtomicU64::new(1)),
             limit,
             calls: Arc::default(),
+            taken: Arc::default(),
         })
     }
 
@@ -537,10 +540,19 @@ impl Agent {
         answer: impl Future<Output = ttrpc::Result<T>>,
     ) -> Result<T, AgentError> {
         let _call = self.calls.read().await;
-        within(call, self.limit, async {
+        let begun = Instant::now();
+        let answer = within(call, self.limit, async {
             answer.await.map_err(|error| failure(call, error))
         })
-        .await
+        .await;
+        self.taken.record(call, begun.elapsed(), answer.is_ok());
+        answer
+    }
+
+    /// How long calls have taken so far.
+    #[must_use]
+    pub fn taken(&self) -> &Arc<Calls> {
+        &self.taken
     }
 }
 

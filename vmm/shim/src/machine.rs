@@ -6,12 +6,14 @@ use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use hull_pod::agent::{Agent, AgentError, Disk, ExitStatus, Process, Root, Stats, Stdio};
+use hull_pod::configuration::Configuration;
 use hull_pod::manifest::Bandwidth;
-use hull_pod::network::Namespace;
+use hull_pod::metrics::Meter;
+use hull_pod::network::{Namespace, VhostNet};
 use hull_pod::supervisor::api::{Exec, Size};
 use hull_pod::supervisor::{
     Boot, Console, Guest, HostNetwork, Inserted, Installation, Limits, MAX_SLOTS, PodFailure,
-    PodNetwork,
+    PodNetwork, Queues,
 };
 use hull_pod::text::chain;
 use hull_pod::volumes::{NetworkFacts, Share};
@@ -38,6 +40,7 @@ const TERMINAL: Size = Size {
 /// A pod in a machine, once it has begun.
 #[derive(Debug)]
 pub struct MachinePod {
+    configuration: Configuration,
     limits: Limits,
     /// The pod's network namespace, which this process is in. None: the host's, which a machine can't have.
     namespace: Option<Namespace>,
@@ -50,6 +53,7 @@ pub struct MachinePod {
 #[derive(Debug)]
 struct Up {
     guest: Guest,
+    meter: Arc<Meter>,
     share: Arc<Share>,
     volumes: StdMutex<Volumes>,
     pids: StdMutex<Sharing>,
@@ -73,13 +77,20 @@ struct Volumes {
 
 impl MachinePod {
     #[must_use]
-    pub fn new(limits: Limits, namespace: Option<Namespace>) -> Self {
+    pub fn new(configuration: Configuration, namespace: Option<Namespace>) -> Self {
         Self {
-            limits,
+            limits: Limits::of(&configuration),
+            configuration,
             namespace,
             ending: Arc::default(),
             up: watch::Sender::new(None),
         }
+    }
+
+    /// Of the machine that runs, if one does.
+    #[must_use]
+    pub fn meter(&self) -> Option<Arc<Meter>> {
+        self.up.borrow().as_ref().map(|up| Arc::clone(&up.meter))
     }
 
     fn up(&self) -> Result<Arc<Up>, TaskError> {
@@ -113,8 +124,12 @@ impl MachinePod {
         if bundle.processes() == Wanted::Host {
             return Err(pids::host());
         }
-        let installation = Installation::find().map_err(PodFailure::from)?;
-        let size = spec::size(&bundle.spec);
+        let installation = Installation::find(&self.configuration).map_err(PodFailure::from)?;
+        let size = spec::size(&bundle.spec, self.configuration.sizing);
+        let queues = Queues {
+            vcpus: size.vcpus,
+            vhost: VhostNet::of(&self.configuration).map_err(PodFailure::from)?,
+        };
         let mut infra = spec::infra(&bundle.spec, id);
         // Whether containers share it only they say.
         infra.share_process_namespace = bundle.place == Place::Sandbox;
@@ -123,7 +138,7 @@ impl MachinePod {
             let place = directory.join("share");
             mounts::make_directory(&place)?;
             let share = Share::create(&place, &directory.join("data"))?;
-            let host = HostNetwork::join(namespace, NetworkFacts::default(), size.vcpus)?;
+            let host = HostNetwork::join(namespace, NetworkFacts::default(), queues)?;
             Ok::<_, TaskError>((Arc::new(share), host))
         })
         .await??;
@@ -149,8 +164,10 @@ impl MachinePod {
         );
         guest.start_infra(&infra, &[]).await?;
         guest.configure_network(&infra, &network).await?;
+        let meter = Arc::new(guest.meter(&network)?);
         drop(network);
         Ok(Up {
+            meter,
             network: guest.network(&host),
             guest,
             share,

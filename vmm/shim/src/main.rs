@@ -16,6 +16,7 @@ mod machine;
 mod managed;
 mod metrics;
 mod mounts;
+mod options;
 mod pids;
 mod pod;
 mod serve;
@@ -24,6 +25,7 @@ mod spec;
 mod start;
 mod streams;
 mod tasks;
+mod usage;
 
 use std::error::Error;
 use std::io::Write;

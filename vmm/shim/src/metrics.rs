@@ -1,125 +1,55 @@
-//! What a task uses, as containerd reads it: the message of its cgroup v2 library.
+//! The shim's metrics, for the process that asks all pods of a node (`hull monitor`).
 
-use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
 
-use containerd_shim_protos::cgroups_v2::metrics::{
-    CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PidsStat,
-};
-use containerd_shim_protos::protobuf::well_known_types::any::Any;
-use containerd_shim_protos::protobuf::{Message, MessageFull};
-use hull_pod::agent::{MemoryStats, Stats};
+use hull_pod::metrics::{Endpoint, Identity, Manager, PodMetrics, endpoint_path};
+use hull_pod::text::chain;
 
-use crate::failure::TaskError;
+use crate::arguments::Arguments;
+use crate::bundle::{Bundle, annotation};
+use crate::machine::MachinePod;
 
-/// # Errors
-/// When it can't be written.
-pub fn any(stats: Stats) -> Result<Any, TaskError> {
-    let value = metrics(stats).write_to_bytes();
-    Ok(Any {
-        type_url: Metrics::descriptor().full_name().to_owned(),
-        value: value.map_err(|error| TaskError::Io {
-            doing: "writing metrics".into(),
-            source: error.into(),
-        })?,
-        ..Default::default()
-    })
+/// Where Hull's sockets are; the same as for `hull`.
+const RUN_DIR: &str = "/run/hull";
+const VARIABLE: &str = "HULL_RUN_DIR";
+
+/// What Kubernetes calls the pod, as containerd's CRI plugin says.
+const NAME: &str = "io.kubernetes.cri.sandbox-name";
+const NAMESPACE: &str = "io.kubernetes.cri.sandbox-namespace";
+
+/// The socket of a container's pod.
+#[must_use]
+pub fn socket(arguments: &Arguments) -> PathBuf {
+    let run = std::env::var_os(VARIABLE).unwrap_or_else(|| RUN_DIR.into());
+    endpoint_path(&PathBuf::from(run), &arguments.namespace, &arguments.id)
 }
 
-fn metrics(stats: Stats) -> Metrics {
-    let io = stats.io.iter().map(|device| IOEntry {
-        major: device.major.into(),
-        minor: device.minor.into(),
-        rbytes: device.read_bytes,
-        wbytes: device.written_bytes,
-        rios: device.reads,
-        wios: device.writes,
-        ..Default::default()
-    });
-    Metrics {
-        pids: Some(PidsStat {
-            current: stats.pids.current,
-            limit: stats.pids.limit,
-            ..Default::default()
-        })
-        .into(),
-        cpu: Some(CPUStat {
-            usage_usec: stats.cpu.usage,
-            user_usec: stats.cpu.user,
-            system_usec: stats.cpu.system,
-            nr_periods: stats.cpu.periods,
-            nr_throttled: stats.cpu.throttled_periods,
-            throttled_usec: stats.cpu.throttled,
-            ..Default::default()
-        })
-        .into(),
-        memory: Some(memory(&stats.memory)).into(),
-        memory_events: Some(events(&stats.memory.events)).into(),
-        io: Some(IOStat {
-            usage: io.collect(),
-            ..Default::default()
-        })
-        .into(),
-        ..Default::default()
+#[must_use]
+pub fn identity(arguments: &Arguments, bundle: &Bundle) -> Identity {
+    let said = |name, otherwise: &str| {
+        let said = annotation(&bundle.spec, name);
+        said.unwrap_or(otherwise).to_owned()
+    };
+    Identity {
+        manager: Manager::Containerd,
+        namespace: said(NAMESPACE, &arguments.namespace),
+        name: said(NAME, &arguments.id),
+        id: arguments.id.clone(),
     }
 }
 
-fn memory(memory: &MemoryStats) -> MemoryStat {
-    let number = |name: &str| memory.detail.get(name).copied().unwrap_or(0);
-    MemoryStat {
-        anon: number("anon"),
-        file: number("file"),
-        kernel_stack: number("kernel_stack"),
-        slab: number("slab"),
-        sock: number("sock"),
-        shmem: number("shmem"),
-        file_mapped: number("file_mapped"),
-        file_dirty: number("file_dirty"),
-        file_writeback: number("file_writeback"),
-        anon_thp: number("anon_thp"),
-        inactive_anon: number("inactive_anon"),
-        active_anon: number("active_anon"),
-        inactive_file: number("inactive_file"),
-        active_file: number("active_file"),
-        unevictable: number("unevictable"),
-        slab_reclaimable: number("slab_reclaimable"),
-        slab_unreclaimable: number("slab_unreclaimable"),
-        pgfault: number("pgfault"),
-        pgmajfault: number("pgmajfault"),
-        // The kernel has split both since Linux 5.9.
-        workingset_refault: number("workingset_refault_anon")
-            .saturating_add(number("workingset_refault_file")),
-        workingset_activate: number("workingset_activate_anon")
-            .saturating_add(number("workingset_activate_file")),
-        workingset_nodereclaim: number("workingset_nodereclaim"),
-        pgrefill: number("pgrefill"),
-        pgscan: number("pgscan"),
-        pgsteal: number("pgsteal"),
-        pgactivate: number("pgactivate"),
-        pgdeactivate: number("pgdeactivate"),
-        pglazyfree: number("pglazyfree"),
-        pglazyfreed: number("pglazyfreed"),
-        thp_fault_alloc: number("thp_fault_alloc"),
-        thp_collapse_alloc: number("thp_collapse_alloc"),
-        usage: memory.usage,
-        usage_limit: memory.limit,
-        swap_usage: memory.swap_usage,
-        swap_limit: memory.swap_limit,
-        max_usage: memory.peak,
-        swap_max_usage: memory.swap_peak,
-        ..Default::default()
-    }
-}
-
-fn events(events: &HashMap<String, u64>) -> MemoryEvents {
-    let number = |name: &str| events.get(name).copied().unwrap_or(0);
-    MemoryEvents {
-        low: number("low"),
-        high: number("high"),
-        max: number("max"),
-        oom: number("oom"),
-        oom_kill: number("oom_kill"),
-        oom_group_kill: number("oom_group_kill"),
-        ..Default::default()
+/// Answers who asks, until it is dropped. The pod runs all the same where that can't be.
+pub async fn serve(arguments: &Arguments, identity: Identity, pod: Arc<MachinePod>) {
+    match Endpoint::bind(&socket(arguments)) {
+        Ok(endpoint) => {
+            let measure = move || PodMetrics::measure(identity.clone(), pod.meter().as_deref());
+            endpoint.serve(measure).await;
+        }
+        Err(error) => {
+            tracing::warn!(error = chain(&error), "nobody will see the pod's metrics");
+            std::future::pending().await
+        }
     }
 }
 
@@ -127,30 +57,30 @@ fn events(events: &HashMap<String, u64>) -> MemoryEvents {
 mod tests {
     use super::*;
 
+    fn identified(annotations: &str) -> Identity {
+        let root = tempfile::tempdir().unwrap();
+        let spec = format!(r#"{{"ociVersion":"1.0.2","annotations":{{{annotations}}}}}"#);
+        std::fs::write(root.path().join("config.json"), spec).unwrap();
+        let arguments = Arguments {
+            namespace: "k8s.io".into(),
+            id: "abc".into(),
+            ..Arguments::default()
+        };
+        identity(&arguments, &Bundle::read(root.path()).unwrap())
+    }
+
     #[test]
-    fn containerd_finds_the_type_and_the_numbers() {
-        let mut stats = Stats::default();
-        stats.cpu.throttled_periods = 3;
-        stats.memory.limit = u64::MAX;
-        stats.memory.detail.insert("inactive_file".into(), 4);
-        for (name, number) in [
-            ("workingset_refault_anon", u64::MAX),
-            ("workingset_refault_file", 1),
-        ] {
-            stats.memory.detail.insert(name.into(), number);
-        }
-        stats.memory.events.insert("oom_kill".into(), 5);
-        stats.pids.current = 6;
+    fn a_pod_is_called_what_kubernetes_calls_it() {
+        let pod = identified(
+            r#""io.kubernetes.cri.container-type":"sandbox",
+            "io.kubernetes.cri.sandbox-name":"web","io.kubernetes.cri.sandbox-namespace":"shop""#,
+        );
+        let alone = identified("");
 
-        let any = any(stats).unwrap();
-
-        assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
-        let metrics = Metrics::parse_from_bytes(&any.value).unwrap();
-        assert_eq!(metrics.cpu.nr_throttled, 3);
-        assert_eq!(metrics.memory.usage_limit, u64::MAX);
-        assert_eq!(metrics.memory.inactive_file, 4);
-        assert_eq!(metrics.memory.workingset_refault, u64::MAX);
-        assert_eq!(metrics.memory_events.oom_kill, 5);
-        assert_eq!(metrics.pids.current, 6);
+        assert_eq!((pod.namespace.as_str(), pod.name.as_str()), ("shop", "web"));
+        assert_eq!(
+            (alone.namespace.as_str(), alone.name.as_str()),
+            ("k8s.io", "abc")
+        );
     }
 }

@@ -19,9 +19,10 @@ use ttrpc::r#async::{Service, TtrpcContext};
 use crate::events::timestamp;
 use crate::failure::TaskError;
 use crate::managed::State;
+use crate::options;
 use crate::streams::Places;
 use crate::tasks::{New, Tasks};
-use crate::{metrics, spec};
+use crate::{spec, usage};
 
 const V2: &str = "containerd.task.v2.Task";
 /// Bounds what a specification in a request may be.
@@ -81,6 +82,7 @@ impl Task for TaskService {
             let no = "a container can't be restored from a checkpoint";
             return Err(TaskError::Unsupported(no.into()).into());
         }
+        options::on_create(request.options.as_ref()).map_err(TaskError::from)?;
         let new = New {
             id: request.id,
             bundle: request.bundle.into(),
@@ -228,7 +230,7 @@ impl Task for TaskService {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let stats = self.tasks.stats(&request.id).await?;
         Ok(StatsResponse {
-            stats: Some(metrics::any(stats)?).into(),
+            stats: Some(usage::any(stats)?).into(),
             ..Default::default()
         })
     }

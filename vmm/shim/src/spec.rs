@@ -5,7 +5,9 @@
 
 use std::path::{Path, PathBuf};
 
-use hull_pod::oci::{Amounts, ContainerSpec, InfraSpec, MachineSize, Pids, machine_size_for};
+use hull_pod::oci::{
+    Amounts, ContainerSpec, InfraSpec, MachineSize, Pids, Sizing, machine_size_for,
+};
 use oci_spec::OciSpecError;
 use oci_spec::runtime::{
     LinuxBuilder, LinuxResources, LinuxResourcesBuilder, Mount, Process, RootBuilder, Spec,
@@ -230,7 +232,7 @@ pub fn infra(spec: &Spec, id: &str) -> InfraSpec {
 /// How large the machine is: by what the pod's containers may use together, where the sandbox's annotations tell,
 /// else by what its first container may use.
 #[must_use]
-pub fn size(spec: &Spec) -> MachineSize {
+pub fn size(spec: &Spec, sizing: Sizing) -> MachineSize {
     let number = |name| annotation(spec, name).and_then(|text| text.parse::<i64>().ok());
     let resources = spec
         .linux()
@@ -249,12 +251,13 @@ pub fn size(spec: &Spec) -> MachineSize {
         .zip(positive(period))
         .map(|(quota, period)| quota.saturating_mul(1000) / period);
     let memory_limit = positive(memory);
-    machine_size_for(&[Amounts {
+    let amounts = Amounts {
         cpu_limit,
         cpu_request: cpu_limit,
         memory_limit,
         memory_request: memory_limit,
-    }])
+    };
+    machine_size_for(&[amounts], sizing)
 }
 
 #[cfg(test)]
@@ -353,9 +356,10 @@ mod tests {
                 "io.kubernetes.cri.sandbox-memory":"536870912"}"#,
         );
 
-        let size = size(&limited);
+        let sizing = Sizing::default();
+        let size = size(&limited, sizing);
 
         assert_eq!((size.vcpus, size.memory_mib), (1, 512 + 128));
-        assert_eq!(super::size(&spec("")).memory_mib, 1024);
+        assert_eq!(super::size(&spec(""), sizing).memory_mib, 1024);
     }
 }

@@ -23,7 +23,7 @@ use crate::images::Image;
 use crate::manifest::PodManifest;
 
 pub use resources::Amounts;
-pub use sizing::{MachineSize, machine_size, machine_size_for};
+pub use sizing::{MachineSize, Sizing, machine_size, machine_size_for};
 
 /// Paths that would show a container things of its kernel that are none of its
 /// business; the same as containerd's.
