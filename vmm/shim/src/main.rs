@@ -24,10 +24,10 @@ mod serve;
 mod service;
 mod spec;
 mod start;
-mod stats;
 mod steer;
 mod streams;
 mod tasks;
+mod usage;
 
 use std::error::Error;
 use std::io::Write;

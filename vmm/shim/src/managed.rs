@@ -45,8 +45,10 @@ pub struct Managed {
     /// The last signal that it was sent.
     signal: AtomicU32,
     streams: Mutex<Option<Arc<Streams>>>,
-    /// Held while it is started, paused or resumed.
-    pub changing: tokio::sync::Mutex<()>,
+    /// Held while its state and the events that tell of it change.
+    pub starting: tokio::sync::Mutex<()>,
+    /// Held while it is paused or resumed.
+    pub pausing: tokio::sync::Mutex<()>,
 }
 
 impl Managed {
@@ -60,7 +62,8 @@ impl Managed {
             followed: AtomicBool::new(false),
             signal: AtomicU32::new(SIGKILL),
             streams: Mutex::new(streams.map(Arc::new)),
-            changing: tokio::sync::Mutex::default(),
+            starting: tokio::sync::Mutex::default(),
+            pausing: tokio::sync::Mutex::default(),
         }
     }
 
@@ -87,6 +90,18 @@ impl Managed {
             self.gone.send_replace(true);
         }
         self.state.send_replace(state);
+    }
+
+    /// Replaces one state. False: it is in another one.
+    #[must_use]
+    pub fn replace(&self, from: State, to: State) -> bool {
+        self.state.send_if_modified(|state| {
+            let is = *state == from;
+            if is {
+                *state = to;
+            }
+            is
+        })
     }
 
     /// Its end has been seen; [`State::Ended`] follows when its last output is out.
@@ -126,18 +141,6 @@ impl Managed {
             signal: Some(signal),
             oom_killed: false,
         }
-    }
-
-    /// Replaces one state. False: it is in another one.
-    #[must_use]
-    pub fn replace(&self, from: State, to: State) -> bool {
-        self.state.send_if_modified(|state| {
-            let is = *state == from;
-            if is {
-                *state = to;
-            }
-            is
-        })
     }
 
     #[must_use]

@@ -22,7 +22,7 @@ use crate::managed::State;
 use crate::options;
 use crate::streams::Places;
 use crate::tasks::{New, Tasks};
-use crate::{spec, stats};
+use crate::{spec, usage};
 
 const V2: &str = "containerd.task.v2.Task";
 /// Bounds what a specification in a request may be.
@@ -230,7 +230,7 @@ impl Task for TaskService {
     async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
         let stats = self.tasks.stats(&request.id).await?;
         Ok(StatsResponse {
-            stats: Some(stats::any(stats)?).into(),
+            stats: Some(usage::any(stats)?).into(),
             ..Default::default()
         })
     }

@@ -222,7 +222,7 @@ impl Tasks {
     pub async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<(), TaskError> {
         let task = self.task(id)?;
         let (handle, process) = task.process(exec)?;
-        let _starting = process.changing.lock().await;
+        let _starting = process.starting.lock().await;
         must_be(id, &process, "created", |state| state == State::Created)?;
         if handle.is_some() {
             must_be(id, &task.first, "running", |state| state == State::Running)?;
@@ -324,7 +324,7 @@ impl Tasks {
             task.ends_of_execs(self.limits.drain).await;
         }
         // The event of its start comes before that of its end, if there is one.
-        let _starting = process.changing.lock().await;
+        let _starting = process.starting.lock().await;
         if matches!(process.state(), State::Ended(_)) {
             // It was deleted before it was started.
             return;

@@ -29,10 +29,11 @@ impl Tasks {
     pub async fn pause(&self, id: &str) -> Result<(), TaskError> {
         let task = self.task(id)?;
         let name = task.container("be paused")?;
-        let _changing = task.first.changing.lock().await;
+        let _pausing = task.first.pausing.lock().await;
         must_be(id, &task.first, "running", |state| state == State::Running)?;
         self.pod.freeze(name).await?;
         // Not if it has ended meanwhile.
+        let _telling = task.first.starting.lock().await;
         if task.first.replace(State::Running, State::Paused) {
             let paused = TaskPaused {
                 container_id: id.into(),
@@ -50,9 +51,10 @@ impl Tasks {
     pub async fn resume(&self, id: &str) -> Result<(), TaskError> {
         let task = self.task(id)?;
         let name = task.container("be resumed")?;
-        let _changing = task.first.changing.lock().await;
+        let _pausing = task.first.pausing.lock().await;
         must_be(id, &task.first, "paused", |state| state == State::Paused)?;
         self.pod.thaw(name).await?;
+        let _telling = task.first.starting.lock().await;
         if task.first.replace(State::Paused, State::Running) {
             let resumed = TaskResumed {
                 container_id: id.into(),
