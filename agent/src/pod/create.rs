@@ -164,7 +164,10 @@ impl Pod {
             Root::Disk(mounted) => mounts::open_directory(&mounted.place)?,
         };
         mounts::check_root(&root)?;
-        let user = user::look_up(&root, &request.user, &request.additional_gids)?;
+        let mut user = user::look_up(&root, &request.user, &request.additional_gids)?;
+        if request.exact_groups {
+            user.groups.clone_from(&request.additional_gids);
+        }
         if let Some(process) = given.process() {
             mounts::make_directory(&root, process.cwd()).or_else(|error| {
                 let read_only = given

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use hull_tests::containerd::Containerd;
+use hull_tests::containerd::{Containerd, HULL};
 use hull_tests::hull::assert_success;
 use hull_tests::{eventually, host, scaled};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -67,6 +67,16 @@ impl Drop for Events {
     }
 }
 
+/// `ctr` in CRI's namespace, which has the same images.
+fn elsewhere(containerd: &Containerd, arguments: &[&str]) -> String {
+    let mut ctr = Command::new("ctr");
+    ctr.arg("--address").arg(containerd.socket());
+    ctr.args(["--namespace", "k8s.io"]).args(arguments);
+    let output = ctr.output().unwrap();
+    assert_success(&output, &format!("ctr {arguments:?}"));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
 fn detached(containerd: &Containerd, flags: &[&str], id: &str, program: &[&str]) {
     let flags = [&["-d"], flags].concat();
     assert_success(&containerd.run(&flags, id, program), "ctr run -d");
@@ -97,21 +107,22 @@ fn exec(containerd: &Containerd, id: &str, program: &[&str]) -> String {
     containerd.ok(&arguments)
 }
 
+fn children_of(pid: impl std::fmt::Display) -> Vec<i32> {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let of = |thread: std::fs::DirEntry| std::fs::read_to_string(thread.path().join("children"));
+    let all: Vec<_> = threads.flatten().filter_map(|t| of(t).ok()).collect();
+    let pids = all.iter().flat_map(|line| line.split_whitespace());
+    pids.filter_map(|pid| pid.parse().ok()).collect()
+}
+
 /// The machine of a shim.
 fn machine_of(shim: i32) -> i32 {
-    let children = std::fs::read_to_string(format!("/proc/{shim}/task/{shim}/children"));
-    let threads = std::fs::read_dir(format!("/proc/{shim}/task")).unwrap();
-    let mut all = children.unwrap();
-    for thread in threads.flatten() {
-        all.push(' ');
-        all += &std::fs::read_to_string(thread.path().join("children")).unwrap_or_default();
-    }
-    let mut pids = all.split_whitespace().map(|pid| pid.parse().unwrap());
-    let machine = pids.find(|pid: &i32| {
+    let is_it = |pid: &i32| {
         let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         comm.starts_with("hull-vmm")
-    });
-    machine.unwrap_or_else(|| panic!("no machine among {all:?}"))
+    };
+    let machine = children_of(shim).into_iter().find(is_it);
+    machine.unwrap_or_else(|| panic!("shim {shim} has no machine"))
 }
 
 #[test]
@@ -302,10 +313,10 @@ fn a_container_whose_reader_is_gone_can_be_killed() {
         .unwrap();
     let _ = ctr.stdout.as_mut().unwrap().read(&mut [0; 1]).unwrap();
 
-    // It forwards no signal that it can't see.
-    let mut children = Command::new("pkill");
-    children.args(["-KILL", "-P", &ctr.id().to_string()]);
-    assert!(children.status().unwrap().success());
+    // `timeout`, and `ctr` beneath it.
+    for client in children_of(ctr.id()) {
+        host::kill_9(client);
+    }
     drop(ctr.stdout.take());
     ctr.wait().unwrap();
 
@@ -330,7 +341,7 @@ fn a_bundle_on_a_disk_that_is_full_fails_clearly() {
 
         let output = containerd.run(&["--rm"], "full", &["true"]);
 
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let said = String::from_utf8_lossy(&output.stderr).to_lowercase();
         println!("{pages} pages: {:?} {said}", output.status);
         if !output.status.success() {
             assert!(said.contains("no space left"), "{pages} pages: {said}");
@@ -387,7 +398,7 @@ fn of_two_starts_at_once_one_is_the_first() {
     let containerd = Containerd::start();
     let image = "docker.io/library/busybox:latest";
     let runtime = ["container", "create", "--runtime"];
-    let what = [hull_tests::containerd::HULL, image, "one", "sleep", "1000"];
+    let what = [HULL, image, "one", "sleep", "1000"];
     let _ = containerd.ok(&[&runtime[..], &what[..]].concat());
 
     let start = || {
@@ -403,6 +414,35 @@ fn of_two_starts_at_once_one_is_the_first() {
 
     assert_eq!(started.iter().filter(|one| **one).count(), 1);
     assert_eq!(status(&containerd, "one").as_deref(), Some("RUNNING"));
+    let _ = containerd.ok(&["task", "rm", "--force", "one"]);
+    let _ = containerd.ok(&["container", "rm", "one"]);
+    containerd.nothing_left();
+}
+
+#[test]
+fn two_pods_of_one_name_in_two_namespaces_are_two() {
+    let containerd = Containerd::start();
+    detached(&containerd, &["--env", "PLACE=here"], "one", SLEEP);
+    let image = "docker.io/library/busybox:latest";
+    let there = [
+        "run",
+        "-d",
+        "--hostname",
+        "there",
+        "--runtime",
+        HULL,
+        image,
+        "one",
+    ];
+    let _ = elsewhere(&containerd, &[&there[..], SLEEP].concat());
+    let asked = ["task", "exec", "--exec-id", "e", "one", "printenv", "PLACE"];
+
+    assert_eq!(elsewhere(&containerd, &asked), "there\n");
+    assert_eq!(containerd.ok(&asked), "here\n");
+    let _ = elsewhere(&containerd, &["task", "rm", "--force", "one"]);
+    let _ = elsewhere(&containerd, &["container", "rm", "one"]);
+
+    assert_eq!(containerd.ok(&asked), "here\n");
     let _ = containerd.ok(&["task", "rm", "--force", "one"]);
     let _ = containerd.ok(&["container", "rm", "one"]);
     containerd.nothing_left();

@@ -348,6 +348,7 @@ impl Agent {
             pid_target: pid_target.into(),
             user: spec.user.clone(),
             additional_gids: spec.additional_gids.clone(),
+            exact_groups: spec.exact_groups,
             streams: Some(stdio.request.clone()).into(),
             ..Default::default()
         };

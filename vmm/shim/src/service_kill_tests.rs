@@ -105,6 +105,8 @@ async fn a_further_process_ends_before_its_container() {
     shim.start("web", "").await.unwrap();
     exec(&shim, "web", "e").await;
     shim.start("web", "e").await.unwrap();
+    // The container's own, groups and all.
+    assert_eq!(*shim.pod.users.lock().unwrap(), [None]);
     drop(shim.pod.guest("container-1"));
 
     shim.pod.end("container-1", 3);

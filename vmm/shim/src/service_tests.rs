@@ -58,6 +58,8 @@ struct StandIn {
     /// Processes killed for want of memory, in whatever container.
     ooms: watch::Sender<u64>,
     updates: Mutex<Vec<(String, LinuxResources)>>,
+    /// Of further processes.
+    users: Mutex<Vec<Option<String>>>,
     refuse_start: Mutex<bool>,
     /// Its agent answers no signal.
     silent: Mutex<bool>,
@@ -133,6 +135,7 @@ impl Pod for StandIn {
         if !what.stdin {
             stdio.stdin = None;
         }
+        self.users.lock().unwrap().push(what.user.clone());
         Ok(stdio)
     }
 

@@ -87,6 +87,8 @@ pub fn container<E: From<SpecError>>(
         spec: assemble(spec, process, mounts).map_err(SpecError::from)?,
         user: format!("{}:{}", user.uid(), user.gid()),
         additional_gids: user.additional_gids().clone().unwrap_or_default(),
+        // containerd has looked at the image's.
+        exact_groups: true,
         tty: given.terminal().unwrap_or(false),
         stdin,
         stdin_once: false,
@@ -309,6 +311,7 @@ mod tests {
 
         assert_eq!(container.user, "1:2");
         assert_eq!(container.additional_gids, [3]);
+        assert!(container.exact_groups);
         assert!(container.tty && container.stdin);
         let process = container.spec.process().as_ref().unwrap();
         assert_eq!(process.apparmor_profile(), &None);

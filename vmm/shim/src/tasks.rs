@@ -40,6 +40,7 @@ pub struct Task {
     pub bundle: PathBuf,
     /// As the agent knows it. None: it stands for infra.
     name: Option<String>,
+    /// Of its first process.
     user: Option<User>,
     first: Arc<Managed>,
     hooks: Hooks,

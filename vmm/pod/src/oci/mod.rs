@@ -58,6 +58,8 @@ pub struct ContainerSpec {
     pub user: String,
     /// For `CreateContainerRequest.additional_gids`.
     pub additional_gids: Vec<u32>,
+    /// Whether these are all, and what the container's `/etc/group` says doesn't count.
+    pub exact_groups: bool,
     /// Give it a terminal.
     pub tty: bool,
     /// Keep its standard input open.
@@ -176,6 +178,7 @@ pub fn container(
         spec,
         user,
         additional_gids: additional_gids(manifest),
+        exact_groups: false,
         tty: container.tty.unwrap_or(false),
         stdin: container.stdin.unwrap_or(false),
         stdin_once: container.stdin_once.unwrap_or(false),
