@@ -23,7 +23,7 @@ use rustix::fs::{CWD, Mode, OFlags};
 use tokio::sync::{Mutex, watch};
 use tokio::time::timeout;
 
-use crate::bundle::{Bundle, Namespace as Wanted, Place};
+use crate::bundle::{Bundle, Place};
 use crate::failure::TaskError;
 use crate::forward::Forwarding;
 use crate::pids::{self, Sharing};
@@ -128,9 +128,7 @@ impl MachinePod {
             })?
             .try_clone()
             .map_err(PodFailure::from)?;
-        if bundle.processes() == Wanted::Host {
-            return Err(pids::host());
-        }
+        pids::check(bundle)?;
         let installation = Installation::find(&self.configuration).map_err(PodFailure::from)?;
         let size = spec::size(&bundle.spec, self.configuration.sizing);
         let queues = Queues {

@@ -27,29 +27,23 @@ impl Sharing {
     /// # Errors
     /// When they are the host's or another pod's, or when it can't be told whose they are.
     pub fn place(&mut self, name: &str, bundle: &Bundle) -> Result<Pids, TaskError> {
+        check(bundle)?;
+        if !matches!(bundle.processes(), Namespace::Path(_)) {
+            self.own.insert(name.to_owned());
+            return Ok(Pids::Own);
+        }
         let mut own = self.own.iter();
-        match (bundle.processes(), &bundle.place) {
-            (Namespace::Host, _) => Err(host()),
-            (Namespace::New, _) => {
-                self.own.insert(name.to_owned());
-                Ok(Pids::Own)
+        match (self.shared, own.next(), own.next()) {
+            (true, ..) | (false, None, _) => {
+                self.shared = true;
+                Ok(Pids::Pod)
             }
-            (Namespace::Path(path), Place::Alone) => Err(TaskError::Unsupported(format!(
-                "the processes of {} are those of another machine, and can't be seen",
-                path.display()
+            (false, Some(one), None) => Ok(Pids::Of(one.clone())),
+            (false, ..) => Err(TaskError::Unsupported(format!(
+                "a container is to see another's processes, and containerd can't say which of the pod's {} it is; \
+                 without a target (kubectl debug without --target) it runs",
+                self.own.len()
             ))),
-            (Namespace::Path(_), _) => match (self.shared, own.next(), own.next()) {
-                (true, ..) | (false, None, _) => {
-                    self.shared = true;
-                    Ok(Pids::Pod)
-                }
-                (false, Some(one), None) => Ok(Pids::Of(one.clone())),
-                (false, ..) => Err(TaskError::Unsupported(format!(
-                    "a container is to see another's processes, and containerd can't say which of the pod's {} it is; \
-                     without a target (kubectl debug without --target) it runs",
-                    self.own.len()
-                ))),
-            },
         }
     }
 
@@ -59,14 +53,23 @@ impl Sharing {
     }
 }
 
-/// Why a pod doesn't get what it asks for.
-#[must_use]
-pub fn host() -> TaskError {
-    TaskError::Unsupported(
-        "the host's processes can't be seen from a machine; a pod of Hull has a PID namespace of its own (no hostPID, \
-         no --pid=host)"
-            .into(),
-    )
+/// Whether what a container asks for can be had, before there is a machine.
+///
+/// # Errors
+/// When the processes that it is to see are the host's or another pod's.
+pub fn check(bundle: &Bundle) -> Result<(), TaskError> {
+    match (bundle.processes(), &bundle.place) {
+        (Namespace::Host, _) => Err(TaskError::Unsupported(
+            "the host's processes can't be seen from a machine; a pod of Hull has a PID namespace of its own (no \
+             hostPID, no --pid=host)"
+                .into(),
+        )),
+        (Namespace::Path(path), Place::Alone) => Err(TaskError::Unsupported(format!(
+            "the processes of {} are not those of this container's machine, and can't be seen",
+            path.display()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
