@@ -117,6 +117,19 @@ pub fn footprint(pid: i32) -> Footprint {
 /// When the process is gone.
 #[must_use]
 pub fn resident_kib(pid: i32) -> (u64, u64) {
+    memory_kib(pid, "Rss:")
+}
+
+/// The same, with what several processes have together divided among them (proc(5): Pss).
+///
+/// # Panics
+/// When the process is gone.
+#[must_use]
+pub fn proportional_kib(pid: i32) -> (u64, u64) {
+    memory_kib(pid, "Pss:")
+}
+
+fn memory_kib(pid: i32, kind: &str) -> (u64, u64) {
     let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the process exists");
     let (mut total, mut guest, mut size) = (0, 0, 0);
     for line in smaps.lines() {
@@ -127,7 +140,7 @@ pub fn resident_kib(pid: i32) -> (u64, u64) {
         if let Some(kib) = field("Size:") {
             size = kib;
         }
-        if let Some(kib) = field("Rss:") {
+        if let Some(kib) = field(kind) {
             total += kib;
             // Guest RAM is the only mapping of 64 MiB or more that is touched.
             if size >= 64 * 1024 {

@@ -1,5 +1,9 @@
 //! Series of measurements, and their ratios to the first of them.
 
+use std::io::Read;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
 /// What one contender reached, round by round.
 #[derive(Debug)]
 pub struct Series {
@@ -52,4 +56,38 @@ pub fn print(title: &str, unit: &str, series: &[Series]) {
             one.median() / series[0].median(),
         );
     }
+}
+
+/// Seconds from the start of a command until it has printed `wanted`, which it must; then it is let end.
+///
+/// # Panics
+/// When it can't be run or doesn't print that.
+#[must_use]
+pub fn until_printed(command: &mut Command, wanted: &str) -> f64 {
+    let start = Instant::now();
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let mut stdout = child.stdout.take().expect("a pipe");
+    let mut printed = Vec::new();
+    let mut chunk = [0; 4096];
+    let time = loop {
+        let read = stdout.read(&mut chunk).expect("a pipe");
+        assert!(
+            read > 0,
+            "{command:?} printed {}",
+            String::from_utf8_lossy(&printed)
+        );
+        printed.extend_from_slice(&chunk[..read]);
+        if String::from_utf8_lossy(&printed).contains(wanted) {
+            break start.elapsed().as_secs_f64();
+        }
+    };
+    let mut rest = Vec::new();
+    let _ = stdout.read_to_end(&mut rest);
+    let _ = child.wait();
+    time
 }

@@ -4,6 +4,7 @@
 //! that hangs (a file system that does not answer, say) holds up no other. Only calls that
 //! change the network wait for each other.
 
+mod amounts;
 mod attach;
 mod create;
 mod exec;
@@ -103,9 +104,12 @@ impl Pod {
         if all {
             return self.container(container)?.cgroup.signal(signal);
         }
-        self.process(container, exec)?
-            .signal(signal)
-            .doing(|| format!("sending signal {signal}"))
+        match self.process(container, exec)?.signal(signal) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
+                Err(Error::State("the process has ended".into()))
+            }
+            sent => sent.doing(|| format!("sending signal {signal}")),
+        }
     }
 
     fn process(&self, container: &str, exec: &str) -> Result<Process> {

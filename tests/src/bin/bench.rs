@@ -10,47 +10,16 @@
 )]
 
 use std::ffi::OsStr;
-use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
 use hull_tests::host;
 use hull_tests::hull::{Hull, assert_success};
 use hull_tests::pod::{Pod, sleepers};
-use hull_tests::series::{Series, print};
+use hull_tests::series::{Series, print, until_printed};
 
 const ROUNDS: usize = 5;
-
-/// Seconds from the start of a command until it has printed `wanted`, which it must; then it is let end.
-fn until_printed(command: &mut Command, wanted: &str) -> f64 {
-    let start = Instant::now();
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let mut stdout = child.stdout.take().expect("a pipe");
-    let mut printed = Vec::new();
-    let mut chunk = [0; 4096];
-    let time = loop {
-        let read = stdout.read(&mut chunk).expect("a pipe");
-        assert!(
-            read > 0,
-            "{command:?} printed {}",
-            String::from_utf8_lossy(&printed)
-        );
-        printed.extend_from_slice(&chunk[..read]);
-        if String::from_utf8_lossy(&printed).contains(wanted) {
-            break start.elapsed().as_secs_f64();
-        }
-    };
-    let mut rest = Vec::new();
-    let _ = stdout.read_to_end(&mut rest);
-    let _ = child.wait();
-    time
-}
 
 fn first_output(hull: &Hull) {
     let manifest = hull.manifest(

@@ -6,6 +6,11 @@
     reason = "a test reports by panicking"
 )]
 
+mod leaks;
+mod monitor;
+mod options;
 mod pods;
+mod sandboxes;
 mod tasks;
 mod terminal;
+mod wrong;

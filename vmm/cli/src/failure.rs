@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use hull_machine::channel::SocketError;
 use hull_pod::client::ClientError;
+use hull_pod::configuration::ConfigurationError;
 use hull_pod::images::ImageError;
 use hull_pod::manifest::ManifestError;
 use hull_pod::networks::NetworkError;
@@ -19,6 +20,8 @@ pub enum Failure {
     Input(String),
     #[error(transparent)]
     Manifest(#[from] ManifestError),
+    #[error(transparent)]
+    Configuration(#[from] ConfigurationError),
     #[error("{0}")]
     Failed(String),
     #[error(transparent)]
@@ -91,6 +94,7 @@ impl Failure {
         match self {
             Self::Input(_)
             | Self::Manifest(_)
+            | Self::Configuration(_)
             | Self::Network(NetworkError::Refused(_) | NetworkError::NoSuchNetwork(_)) => 2,
             Self::Exit(code) | Self::WithCode { code, .. } => *code,
             _ => 1,

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use hull_pod::configuration::Configuration;
 use hull_pod::networks;
 use hull_pod::state::{Directories, Registry};
 use hull_pod::supervisor::Limits;
@@ -55,6 +56,15 @@ struct Cli {
         hide_env_values = true
     )]
     data_dir: PathBuf,
+    /// Settings for the pods that are started; /etc/hull/config.toml, if there is one
+    #[arg(
+        long,
+        global = true,
+        env = "HULL_CONFIG",
+        value_name = "FILE",
+        hide_env_values = true
+    )]
+    config: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
@@ -79,6 +89,7 @@ enum Command {
     Rmi(commands::rmi::Args),
     Network(commands::network::Args),
     PortForward(commands::port_forward::Args),
+    Monitor(commands::monitor::Args),
     Check(commands::check::Args),
     Gc(commands::gc::Args),
     Completion(commands::completion::Args),
@@ -90,15 +101,28 @@ enum Command {
 #[derive(Debug, Clone)]
 struct Host {
     directories: Directories,
+    /// None: the default one.
+    configuration: Option<PathBuf>,
 }
 
 impl Host {
+    /// For the pods that are started.
+    fn configuration(&self) -> Result<Configuration, Failure> {
+        Ok(Configuration::load(self.configuration.as_deref())?)
+    }
+
+    /// A configuration that is broken keeps nobody from stopping a pod.
+    fn limits(&self) -> Limits {
+        Limits::of(&self.configuration().unwrap_or_default())
+    }
+
     /// The pods of this host; makes the directories that are missing.
     fn registry(&self) -> Result<Registry, Failure> {
         Ok(Registry::open(
             self.directories.clone(),
             |directories, pod| {
-                let limit = Limits::from_environment().call;
+                let configuration = Configuration::load(None).unwrap_or_default();
+                let limit = Limits::of(&configuration).call;
                 Ok(networks::release(directories, pod, limit)?)
             },
         )?)
@@ -109,6 +133,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let host = Host {
         directories: Directories::new(absolute(cli.run_dir), absolute(cli.data_dir)),
+        configuration: cli.config.map(absolute),
     };
     let done = match cli.command {
         Command::Run(args) => commands::run::run(&host, args),
@@ -129,6 +154,7 @@ fn main() -> ExitCode {
         Command::Rmi(args) => commands::rmi::run(&host, &args),
         Command::Network(args) => commands::network::run(&host, args),
         Command::PortForward(args) => commands::port_forward::run(&host, &args),
+        Command::Monitor(args) => commands::monitor::run(&host, args),
         Command::Check(args) => commands::check::run(&host, &args),
         Command::Gc(args) => commands::gc::run(&host, &args),
         Command::Completion(args) => commands::completion::run(&args),

@@ -46,18 +46,18 @@ pub fn refused(error: ClientError, doing: &str) -> Failure {
 }
 
 /// Copies the streams until the process has ended and its output is here. Returns its exit code.
-pub async fn attend(session: Session, tty: bool) -> Result<i32, Failure> {
+pub async fn attend(session: Session, tty: bool, limits: Limits) -> Result<i32, Failure> {
     let raw = if tty {
         RawTerminal::enter().map_err(|e| Failure::io("changing the terminal", e))?
     } else {
         None
     };
-    let code = copy_all(session, tty).await;
+    let code = copy_all(session, tty, limits).await;
     drop(raw);
     code
 }
 
-async fn copy_all(mut session: Session, tty: bool) -> Result<i32, Failure> {
+async fn copy_all(mut session: Session, tty: bool, limits: Limits) -> Result<i32, Failure> {
     let progress = Arc::new(AtomicU64::new(0));
     let mut outputs = Vec::new();
     let wanted = [
@@ -95,14 +95,13 @@ async fn copy_all(mut session: Session, tty: bool) -> Result<i32, Failure> {
             }
         }
     };
-    drain(outputs, &progress).await;
+    drain(outputs, &progress, limits.drain).await;
     Ok(code)
 }
 
 /// Waits for the end of the output as long as some comes: a process that was left in the
 /// background may hold it open for ever.
-async fn drain(outputs: Vec<tokio::task::JoinHandle<()>>, progress: &AtomicU64) {
-    let idle = Limits::from_environment().drain;
+async fn drain(outputs: Vec<tokio::task::JoinHandle<()>>, progress: &AtomicU64, idle: Duration) {
     for mut output in outputs {
         let mut seen = progress.load(Ordering::Relaxed);
         while tokio::time::timeout(idle, &mut output).await.is_err() {

@@ -108,8 +108,12 @@ impl Channel {
     /// # Errors
     /// When nobody listens there, or this user may not connect.
     pub fn connect(path: &Path) -> Result<Self, SocketError> {
+        Self::connect_with(path, SocketFlags::CLOEXEC)
+    }
+
+    fn connect_with(path: &Path, flags: SocketFlags) -> Result<Self, SocketError> {
         let address = address(path)?;
-        let socket = socket(SocketFlags::CLOEXEC)?;
+        let socket = socket(flags)?;
         rustix::net::connect(&socket, &address).map_err(|error| SocketError::Connect {
             path: path.to_owned(),
             source: error.into(),
@@ -204,7 +208,8 @@ impl AsyncChannel {
     /// # Errors
     /// When nobody listens there, or this user may not connect.
     pub fn connect(path: &Path) -> Result<Self, SocketError> {
-        Self::new(Channel::connect(path)?).map_err(SocketError::Create)
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        Self::new(Channel::connect_with(path, flags)?).map_err(SocketError::Create)
     }
 
     /// See [`Channel::send`]. Dropping the future sends all of the message or nothing.

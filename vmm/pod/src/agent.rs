@@ -8,15 +8,15 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use hull_machine::client::{ConnectError, Machine};
 pub use hull_protocol::agent::Disk;
 use hull_protocol::agent::{
-    CreateContainerRequest, Empty, ExecRequest, HelloRequest, MemoryVolume, ProcessesRequest,
-    RemoveContainerRequest, RemoveExecRequest, ResizeRequest, SignalRequest, StartContainerRequest,
-    StartInfraRequest, Streams, WaitRequest,
+    CreateContainerRequest, Empty, ExecRequest, HelloRequest, MemoryVolume, PidNamespace,
+    ProcessesRequest, RemoveContainerRequest, RemoveExecRequest, ResizeRequest, SignalRequest,
+    StartContainerRequest, StartInfraRequest, Streams, WaitRequest,
 };
 use hull_protocol::agent_ttrpc::AgentClient;
 use hull_protocol::{AGENT_PORT, STREAM_MAGIC, STREAM_PORT};
@@ -28,18 +28,24 @@ use ttrpc::r#async::Client;
 use ttrpc::r#async::transport::Socket;
 use ttrpc::context::Context;
 
-use crate::oci::InfraSpec;
+use crate::metrics::Calls;
+use crate::oci::{InfraSpec, Pids};
 use crate::supervisor::api::Size;
 use crate::text::{cut, printable};
 
 /// A text of the agent is cut to this many bytes.
 const TEXT_MAX: usize = 1024;
+/// The agent is told a limit that is longer by this, so that ours is what ends a call, and says so.
+const LATE: Duration = Duration::from_secs(1);
 /// More processes than a container is told to have at most.
 const PROCESSES_MAX: usize = 4096;
 
+mod amounts;
 #[cfg(test)]
 mod hostile;
 pub mod network;
+
+pub use amounts::{CpuStats, IoStats, MemoryStats, PidsStats, Stats};
 
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
@@ -153,6 +159,7 @@ pub struct Agent {
     limit: Duration,
     /// Read by each call for as long as it takes; see [`Self::hold`].
     calls: Arc<RwLock<()>>,
+    taken: Arc<Calls>,
 }
 
 /// Keeps calls back until it is dropped.
@@ -187,6 +194,7 @@ impl Agent {
             next_stream: Arc::new(AtomicU64::new(1)),
             limit,
             calls: Arc::default(),
+            taken: Arc::default(),
         })
     }
 
@@ -325,11 +333,19 @@ impl Agent {
             Root::Share(path) => (path.clone(), None),
             Root::Disk(disk) => (String::new(), Some(disk.clone())),
         };
+        let (pid_namespace, pid_target) = match &spec.pids {
+            Pids::AsPod => (PidNamespace::DEFAULT, ""),
+            Pids::Own => (PidNamespace::OWN, ""),
+            Pids::Pod => (PidNamespace::INFRA, ""),
+            Pids::Of(container) => (PidNamespace::CONTAINER, container.as_str()),
+        };
         let request = CreateContainerRequest {
             container_id: id.into(),
             spec: json,
             rootfs,
             disk: disk.into(),
+            pid_namespace: pid_namespace.into(),
+            pid_target: pid_target.into(),
             user: spec.user.clone(),
             additional_gids: spec.additional_gids.clone(),
             streams: Some(stdio.request.clone()).into(),
@@ -517,7 +533,7 @@ impl Agent {
     }
 
     fn context(&self) -> Context {
-        ttrpc::context::with_duration(self.limit)
+        ttrpc::context::with_duration(self.limit + LATE)
     }
 
     async fn call<T>(
@@ -526,10 +542,19 @@ impl Agent {
         answer: impl Future<Output = ttrpc::Result<T>>,
     ) -> Result<T, AgentError> {
         let _call = self.calls.read().await;
-        within(call, self.limit, async {
+        let begun = Instant::now();
+        let answer = within(call, self.limit, async {
             answer.await.map_err(|error| failure(call, error))
         })
-        .await
+        .await;
+        self.taken.record(call, begun.elapsed(), answer.is_ok());
+        answer
+    }
+
+    /// How long calls have taken so far.
+    #[must_use]
+    pub fn taken(&self) -> &Arc<Calls> {
+        &self.taken
     }
 }
 
@@ -538,8 +563,7 @@ async fn within<T>(
     limit: Duration,
     work: impl Future<Output = Result<T, AgentError>>,
 ) -> Result<T, AgentError> {
-    // The call's own limit is told to the agent as well; this one holds whatever ttrpc does.
-    tokio::time::timeout(limit + Duration::from_secs(1), work)
+    tokio::time::timeout(limit, work)
         .await
         .unwrap_or(Err(AgentError::TimedOut { call, limit }))
 }

@@ -2,10 +2,12 @@
 
 pub mod agent;
 pub mod client;
+pub mod configuration;
 pub mod events;
 pub mod images;
 pub mod logs;
 pub mod manifest;
+pub mod metrics;
 pub mod network;
 pub mod networks;
 pub mod oci;

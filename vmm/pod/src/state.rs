@@ -10,6 +10,7 @@
 //!   pods/ID/events.jsonl         see [`crate::events`]
 //!   pods/ID/supervisor.sock      see [`crate::client`]
 //!   pods/ID/console.log          the end of the guest's console
+//!   shims/HASH.sock              see [`crate::metrics`]
 //! /var/lib/hull/                 (HULL_DATA_DIR)
 //!   images/                      see [`crate::images`]
 //!   pods/ID/logs/CONTAINER/N.log see [`crate::logs`]

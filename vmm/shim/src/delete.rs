@@ -14,6 +14,7 @@ use crate::arguments::Arguments;
 use crate::bundle::{Bundle, Place};
 use crate::cgroup;
 use crate::events::timestamp;
+use crate::metrics;
 
 /// As of a process that was killed: nobody has seen how it ended.
 const KILLED: u32 = 137;
@@ -52,6 +53,8 @@ pub fn delete(arguments: &Arguments) -> Result<Vec<u8>, DeleteError> {
     if !bundle.as_ref().is_some_and(is_member) {
         end_shim(&directory, &arguments.id)?;
         remove_socket(&directory);
+        // Mostly it is gone.
+        let _ = fs::remove_file(metrics::socket(arguments));
         if let Some(cgroup) = bundle.and_then(|bundle| cgroup::of(&bundle.spec)) {
             cgroup::remove(&cgroup)?;
         }

@@ -9,6 +9,7 @@ use ttrpc::Code;
 use crate::bundle::BundleError;
 use crate::hooks::HookError;
 use crate::logger::LoggerError;
+use crate::options::OptionsError;
 use crate::spec::SpecError;
 use crate::streams::StreamError;
 
@@ -32,11 +33,17 @@ pub enum TaskError {
     #[error("{0}")]
     Unsupported(String),
     #[error(transparent)]
+    Options(#[from] OptionsError),
+    #[error(transparent)]
     Bundle(#[from] BundleError),
     #[error(transparent)]
     Spec(#[from] SpecError),
-    #[error("reading what is to be run")]
-    Process(#[from] serde_json::Error),
+    #[error("reading {what}")]
+    Json {
+        what: &'static str,
+        #[source]
+        source: serde_json::Error,
+    },
     #[error(transparent)]
     Hook(#[from] HookError),
     #[error(transparent)]
@@ -64,13 +71,46 @@ pub enum TaskError {
 }
 
 impl TaskError {
+    /// Whether the guest has said no, or there was none to ask.
+    #[must_use]
+    pub fn is_answer(&self) -> bool {
+        match self {
+            Self::Agent(error) => matches!(error, AgentError::Refused { .. }),
+            _ => true,
+        }
+    }
+
+    /// Whether what was asked of a process came after its end.
+    #[must_use]
+    pub fn is_too_late(&self) -> bool {
+        match self {
+            Self::Agent(error) => matches!(
+                error,
+                AgentError::Lost
+                    | AgentError::Refused {
+                        code: Code::FAILED_PRECONDITION,
+                        ..
+                    }
+            ),
+            Self::Pod(PodFailure::Stopped) => true,
+            _ => false,
+        }
+    }
+
     fn code(&self) -> Code {
         match self {
             Self::NoTask(_) | Self::NoExec { .. } | Self::Ended(_) => Code::NOT_FOUND,
             Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::State { .. } => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
-            Self::Bundle(_) | Self::Spec(_) | Self::Process(_) => Code::INVALID_ARGUMENT,
+            Self::Options(_) | Self::Bundle(_) | Self::Spec(_) | Self::Json { .. } => {
+                Code::INVALID_ARGUMENT
+            }
+            // The agent's other codes would say things of the task that aren't so.
+            Self::Agent(AgentError::Refused {
+                code: code @ (Code::INVALID_ARGUMENT | Code::FAILED_PRECONDITION),
+                ..
+            }) => *code,
             _ => Code::UNKNOWN,
         }
     }

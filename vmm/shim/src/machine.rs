@@ -2,26 +2,31 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
-use hull_pod::agent::{Agent, AgentError, Disk, ExitStatus, Process, Root, Stdio};
+use hull_pod::agent::{Agent, AgentError, Disk, ExitStatus, Process, Root, Stats, Stdio};
+use hull_pod::configuration::Configuration;
 use hull_pod::manifest::Bandwidth;
-use hull_pod::network::Namespace;
+use hull_pod::metrics::Meter;
+use hull_pod::network::{Namespace, VhostNet};
 use hull_pod::supervisor::api::{Exec, Size};
 use hull_pod::supervisor::{
     Boot, Console, Guest, HostNetwork, Inserted, Installation, Limits, MAX_SLOTS, PodFailure,
-    PodNetwork,
+    PodNetwork, Queues,
 };
 use hull_pod::text::chain;
 use hull_pod::volumes::{NetworkFacts, Share};
+use oci_spec::runtime::LinuxResources;
 use rustix::fs::{CWD, Mode, OFlags};
 use tokio::sync::{Mutex, watch};
 use tokio::time::timeout;
 
-use crate::bundle::{Bundle, Place};
+use crate::bundle::{Bundle, Namespace as Wanted, Place};
 use crate::failure::TaskError;
 use crate::forward::Forwarding;
+use crate::pids::{self, Sharing};
 use crate::pod::{Pod, RootMount};
 use crate::{mounts, spec};
 
@@ -37,11 +42,14 @@ const TERMINAL: Size = Size {
 /// A pod in a machine, once it has begun.
 #[derive(Debug)]
 pub struct MachinePod {
+    configuration: Configuration,
     limits: Limits,
     /// The pod's network namespace, which this process is in. None: the host's, which a machine can't have.
     namespace: Option<Namespace>,
     /// Held while the machine is taken down.
     ending: Arc<Mutex<()>>,
+    /// Whether the machine is to end.
+    asked: Arc<AtomicBool>,
     up: watch::Sender<Option<Arc<Up>>>,
 }
 
@@ -49,8 +57,10 @@ pub struct MachinePod {
 #[derive(Debug)]
 struct Up {
     guest: Guest,
+    meter: Arc<Meter>,
     share: Arc<Share>,
     volumes: StdMutex<Volumes>,
+    pids: StdMutex<Sharing>,
     /// Those of the containers whose root file systems are on disks, by the container's name.
     disks: StdMutex<HashMap<String, Inserted>>,
     host: Arc<Mutex<HostNetwork>>,
@@ -73,13 +83,21 @@ struct Volumes {
 
 impl MachinePod {
     #[must_use]
-    pub fn new(limits: Limits, namespace: Option<Namespace>) -> Self {
+    pub fn new(configuration: Configuration, namespace: Option<Namespace>) -> Self {
         Self {
-            limits,
+            limits: Limits::of(&configuration),
+            configuration,
             namespace,
             ending: Arc::default(),
+            asked: Arc::default(),
             up: watch::Sender::new(None),
         }
+    }
+
+    /// Of the machine that runs, if one does.
+    #[must_use]
+    pub fn meter(&self) -> Option<Arc<Meter>> {
+        self.up.borrow().as_ref().map(|up| Arc::clone(&up.meter))
     }
 
     fn up(&self) -> Result<Arc<Up>, TaskError> {
@@ -110,15 +128,24 @@ impl MachinePod {
             })?
             .try_clone()
             .map_err(PodFailure::from)?;
-        let installation = Installation::find().map_err(PodFailure::from)?;
-        let size = spec::size(&bundle.spec);
-        let infra = spec::infra(&bundle.spec, id);
+        if bundle.processes() == Wanted::Host {
+            return Err(pids::host());
+        }
+        let installation = Installation::find(&self.configuration).map_err(PodFailure::from)?;
+        let size = spec::size(&bundle.spec, self.configuration.sizing);
+        let queues = Queues {
+            vcpus: size.vcpus,
+            vhost: VhostNet::of(&self.configuration).map_err(PodFailure::from)?,
+        };
+        let mut infra = spec::infra(&bundle.spec, id);
+        // Whether containers share it only they say.
+        infra.share_process_namespace = bundle.place == Place::Sandbox;
         let directory = bundle.path.clone();
         let (share, host) = tokio::task::spawn_blocking(move || {
             let place = directory.join("share");
             mounts::make_directory(&place)?;
             let share = Share::create(&place, &directory.join("data"))?;
-            let host = HostNetwork::join(namespace, NetworkFacts::default(), size.vcpus)?;
+            let host = HostNetwork::join(namespace, NetworkFacts::default(), queues)?;
             Ok::<_, TaskError>((Arc::new(share), host))
         })
         .await??;
@@ -144,16 +171,19 @@ impl MachinePod {
         );
         guest.start_infra(&infra, &[]).await?;
         guest.configure_network(&infra, &network).await?;
+        let meter = Arc::new(guest.meter(&network)?);
         drop(network);
         let forwarding = Forwarding::start(guest.agent().clone()).await;
         if let Err(error) = &forwarding {
             tracing::warn!(%error, "ports can't be forwarded by way of the pod's network namespace");
         }
         Ok(Up {
+            meter,
             network: guest.network(&host),
             guest,
             share,
             volumes: StdMutex::default(),
+            pids: StdMutex::default(),
             disks: StdMutex::default(),
             host,
             _forwarding: forwarding.ok(),
@@ -204,9 +234,17 @@ impl Pod for MachinePod {
         };
         self.up.send_replace(Some(Arc::clone(&machine)));
         let (up, ending) = (self.up.clone(), Arc::clone(&self.ending));
+        let asked = Arc::clone(&self.asked);
         tokio::spawn(async move {
             let reason = machine.guest.death().await;
-            tracing::warn!(error = chain(&reason), "the machine has ended");
+            if asked.load(Ordering::Relaxed) {
+                tracing::info!(
+                    reason = chain(&reason),
+                    "the machine has ended, as it was asked"
+                );
+            } else {
+                tracing::warn!(error = chain(&reason), "the machine has ended");
+            }
             take_down(&up, &ending, &machine).await;
         });
         Ok(())
@@ -220,7 +258,7 @@ impl Pod for MachinePod {
         stdin: bool,
     ) -> Result<Stdio, TaskError> {
         let machine = self.up()?;
-        let container = {
+        let mut container = {
             let (machine, bundle) = (Arc::clone(&machine), bundle.clone());
             tokio::task::spawn_blocking(move || {
                 spec::container(&bundle.spec, stdin, |source, read_only| {
@@ -231,6 +269,7 @@ impl Pod for MachinePod {
         };
         let root = machine.place_root(name, bundle, root).await?;
         let made = async {
+            container.pids = machine.pids().place(name, bundle)?;
             let tty = container.tty.then_some(TERMINAL);
             let agent = machine.guest.agent();
             let stdio = agent.open_stdio(stdin, tty).await?;
@@ -241,6 +280,7 @@ impl Pod for MachinePod {
         }
         .await;
         if made.is_err() {
+            machine.pids().forget(name);
             machine.release_root(name).await;
         }
         made
@@ -275,6 +315,26 @@ impl Pod for MachinePod {
         Ok(self.agent()?.processes(name).await?)
     }
 
+    async fn stats(&self, name: Option<&str>) -> Result<Stats, TaskError> {
+        Ok(self.agent()?.stats(name).await?)
+    }
+
+    async fn freeze(&self, name: &str) -> Result<(), TaskError> {
+        Ok(self.agent()?.freeze(name).await?)
+    }
+
+    async fn thaw(&self, name: &str) -> Result<(), TaskError> {
+        Ok(self.agent()?.thaw(name).await?)
+    }
+
+    async fn update(&self, name: &str, resources: &LinuxResources) -> Result<(), TaskError> {
+        Ok(self.agent()?.update(name, resources).await?)
+    }
+
+    async fn wait_oom(&self, name: &str, kills: u64) -> Result<u64, TaskError> {
+        Ok(self.agent()?.wait_oom(name, kills).await?)
+    }
+
     async fn remove(&self, name: &str) -> Result<(), TaskError> {
         let Some(machine) = self.up.borrow().clone() else {
             // It is gone with its machine.
@@ -282,14 +342,16 @@ impl Pod for MachinePod {
         };
         let agent = machine.guest.agent();
         // One that was never started has a process that waits.
-        let _ = agent.signal(Process::Container(name), SIGKILL, true).await;
-        let ended = agent.wait(Process::Container(name));
-        match timeout(self.limits.end, ended).await {
-            // Whether it is gone the agent tells when it removes it.
-            Ok(Ok(_) | Err(AgentError::Refused { .. })) | Err(_) => {}
-            Ok(Err(error)) => return Err(error.into()),
+        let killed = agent.signal(Process::Container(name), SIGKILL, true).await;
+        if let Err(error) = answered(killed) {
+            // Nor will it answer to anything else.
+            machine.release_root(name).await;
+            return Err(error.into());
         }
+        // Whether it is gone the agent tells when it removes it.
+        let _ = timeout(self.limits.end, agent.wait(Process::Container(name))).await;
         let removed = agent.remove_container(name).await;
+        machine.pids().forget(name);
         machine.release_root(name).await;
         Ok(removed?)
     }
@@ -306,8 +368,17 @@ impl Pod for MachinePod {
     async fn shut_down(&self) {
         let machine = self.up.borrow().clone();
         if let Some(machine) = machine {
+            self.asked.store(true, Ordering::Relaxed);
             take_down(&self.up, &self.ending, &machine).await;
         }
+    }
+}
+
+/// An answer is one, also if it is no.
+fn answered(answer: Result<(), AgentError>) -> Result<(), AgentError> {
+    match answer {
+        Err(AgentError::Refused { .. }) => Ok(()),
+        other => other,
     }
 }
 
@@ -386,6 +457,10 @@ impl Up {
             }
             Err(error) => tracing::error!(name, %error, "removing a root file system"),
         }
+    }
+
+    fn pids(&self) -> MutexGuard<'_, Sharing> {
+        self.pids.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn disks(&self) -> MutexGuard<'_, HashMap<String, Inserted>> {

@@ -15,7 +15,10 @@ mod host;
 mod logger;
 mod machine;
 mod managed;
+mod metrics;
 mod mounts;
+mod options;
+mod pids;
 mod pod;
 mod serve;
 mod service;
@@ -24,6 +27,7 @@ mod start;
 mod steer;
 mod streams;
 mod tasks;
+mod usage;
 
 use std::error::Error;
 use std::io::Write;

@@ -1,5 +1,6 @@
 //! A process as containerd knows it: what its streams are, how far it is, and how it ended.
 
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -25,6 +26,8 @@ pub struct Exit {
 pub enum State {
     Created,
     Running,
+    /// Of a container's first process: all stand still.
+    Paused,
     Ended(Exit),
 }
 
@@ -35,9 +38,17 @@ pub struct Managed {
     /// What is to be run, of an exec.
     pub what: Option<Exec>,
     state: watch::Sender<State>,
+    /// Whether it has ended, although its last output may not be out.
+    gone: watch::Sender<bool>,
+    /// Whether somebody waits for its end already.
+    followed: AtomicBool,
+    /// The last signal that it was sent.
+    signal: AtomicU32,
     streams: Mutex<Option<Arc<Streams>>>,
-    /// Held while it is started.
+    /// Held while its state and the events that tell of it change.
     pub starting: tokio::sync::Mutex<()>,
+    /// Held while it is paused or resumed.
+    pub pausing: tokio::sync::Mutex<()>,
 }
 
 impl Managed {
@@ -47,8 +58,12 @@ impl Managed {
             places,
             what,
             state: watch::Sender::new(State::Created),
+            gone: watch::Sender::new(false),
+            followed: AtomicBool::new(false),
+            signal: AtomicU32::new(SIGKILL),
             streams: Mutex::new(streams.map(Arc::new)),
             starting: tokio::sync::Mutex::default(),
+            pausing: tokio::sync::Mutex::default(),
         }
     }
 
@@ -71,7 +86,61 @@ impl Managed {
     }
 
     pub fn set(&self, state: State) {
+        if matches!(state, State::Ended(_)) {
+            self.gone.send_replace(true);
+        }
         self.state.send_replace(state);
+    }
+
+    /// Replaces one state. False: it is in another one.
+    #[must_use]
+    pub fn replace(&self, from: State, to: State) -> bool {
+        self.state.send_if_modified(|state| {
+            let is = *state == from;
+            if is {
+                *state = to;
+            }
+            is
+        })
+    }
+
+    /// Its end has been seen; [`State::Ended`] follows when its last output is out.
+    pub fn set_gone(&self) {
+        self.gone.send_replace(true);
+    }
+
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        *self.gone.borrow()
+    }
+
+    /// Waits until its end has been seen.
+    pub async fn gone(&self) {
+        // The sender is in `self`.
+        let _ = self.gone.subscribe().wait_for(|gone| *gone).await;
+    }
+
+    /// Whether the caller is the first to ask, and so the one who is to wait for its end.
+    #[must_use]
+    pub fn follow(&self) -> bool {
+        !self.followed.swap(true, Ordering::Relaxed)
+    }
+
+    pub fn set_signal(&self, signal: u32) {
+        self.signal.store(signal, Ordering::Relaxed);
+    }
+
+    /// How it has ended if nobody has seen it, but the signal was sent.
+    #[must_use]
+    pub fn killed(&self) -> ExitStatus {
+        let signal = self.signal.load(Ordering::Relaxed);
+        let signal = i32::try_from(signal).ok().filter(|s| (1..=64).contains(s));
+        let signal = signal.unwrap_or(9);
+        ExitStatus {
+            code: 128 + signal,
+            signal: Some(signal),
+            oom_killed: false,
+        }
     }
 
     #[must_use]
@@ -103,6 +172,7 @@ pub fn must_be(
     let is = match state {
         State::Created => "created",
         State::Running => "running",
+        State::Paused => "paused",
         State::Ended(_) => "stopped",
     };
     Err(TaskError::State {

@@ -9,6 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hull_pod::configuration::{Configuration, ConfigurationError};
 use hull_pod::network::{Namespace, WiringError};
 use hull_pod::supervisor::Limits;
 use hull_pod::volumes::{VolumeError, enter_private_namespace};
@@ -19,11 +20,13 @@ use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
 use crate::arguments::Arguments;
-use crate::bundle::{Bundle, BundleError, Network};
+use crate::bundle::{self, Bundle, BundleError};
 use crate::cgroup;
 use crate::events::{Events, Target};
 use crate::host::Host;
 use crate::machine::MachinePod;
+use crate::metrics;
+use crate::options;
 use crate::service::services;
 use crate::start::{READY, TTRPC_ADDRESS};
 use crate::tasks::Tasks;
@@ -36,6 +39,8 @@ const OOM_MAX: i32 = 1000;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
+    #[error(transparent)]
+    Configuration(#[from] ConfigurationError),
     #[error(transparent)]
     Bundle(#[from] BundleError),
     #[error("{doing}")]
@@ -68,7 +73,13 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
         .ok()
         .and_then(|address| address.as_pathname().map(Path::to_owned));
     let directory = std::env::current_dir().map_err(io_error("finding the bundle"))?;
-    log_to(&directory.join("log"), arguments.debug)?;
+    let configuration = Configuration::load(options::configuration_of_the_shim().as_deref())?;
+    let level = if arguments.debug {
+        LevelFilter::DEBUG
+    } else {
+        configuration.log_level
+    };
+    log_to(&directory.join("log"), level)?;
     raise_oom_score();
     let bundle = Bundle::read(&directory)?;
     let host = Host::here().map_err(io_error("opening the host's namespaces"))?;
@@ -79,10 +90,10 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
         tracing::warn!(%error, cgroup = %cgroup.display(), "entering the pod's cgroup");
     }
     let namespace = match bundle.network() {
-        Network::Path(path) => Some(Namespace::open(&path)?),
-        Network::New => Some(Namespace::create()?),
+        bundle::Namespace::Path(path) => Some(Namespace::open(&path)?),
+        bundle::Namespace::New => Some(Namespace::create()?),
         // Said when the container is made: only then does containerd show it to anybody.
-        Network::Host => None,
+        bundle::Namespace::Host => None,
     };
     if let Some(namespace) = &namespace {
         // For those who look for the pod's network by the pid that they are told.
@@ -96,7 +107,19 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
         .enable_all()
         .build()
         .map_err(io_error("starting tasks"))?;
-    let served = runtime.block_on(run(arguments, listener, host, namespace));
+    let pod = Arc::new(MachinePod::new(configuration.clone(), namespace));
+    let measured = metrics::serve(
+        arguments,
+        metrics::identity(arguments, &bundle),
+        Arc::clone(&pod),
+    );
+    let limits = Limits::of(&configuration);
+    let served = runtime.block_on(async {
+        tokio::select! {
+            served = run(arguments, pod, listener, host, limits) => served,
+            () = measured => Ok(()),
+        }
+    });
     if let Some(socket) = socket {
         // Who finds it later would find nobody.
         let _ = std::fs::remove_file(socket);
@@ -126,7 +149,7 @@ fn take_over() -> Result<UnixListener, ServeError> {
 
 /// Logs go to containerd, which reads this FIFO and prints them. It is open for reading, too, so that there is no
 /// broken pipe while containerd is restarted; what it doesn't read is lost.
-fn log_to(path: &Path, debug: bool) -> Result<(), ServeError> {
+fn log_to(path: &Path, level: LevelFilter) -> Result<(), ServeError> {
     let open = |path: &Path| {
         File::options()
             .read(true)
@@ -139,11 +162,6 @@ fn log_to(path: &Path, debug: bool) -> Result<(), ServeError> {
         .map_err(io_error("opening the log"))?;
     // For panics, and for what hull-vmm says.
     rustix::stdio::dup2_stderr(&log).map_err(|e| io_error("opening the log")(e.into()))?;
-    let level = if debug {
-        LevelFilter::DEBUG
-    } else {
-        LevelFilter::INFO
-    };
     tracing_subscriber::fmt()
         .with_ansi(false)
         .with_max_level(level)
@@ -166,19 +184,18 @@ fn raise_oom_score() {
 
 async fn run(
     arguments: &Arguments,
+    pod: Arc<MachinePod>,
     listener: UnixListener,
     host: Host,
-    namespace: Option<Namespace>,
+    limits: Limits,
 ) -> Result<(), ServeError> {
-    let limits = Limits::from_environment();
     let events = Events::new(Target {
         namespace: arguments.namespace.clone(),
         socket: std::env::var(TTRPC_ADDRESS).unwrap_or_default(),
         address: arguments.address.clone(),
         binary: arguments.publish_binary.clone(),
     });
-    let pod = Arc::new(MachinePod::new(limits, namespace));
-    let tasks = Tasks::new(pod, host, events.clone(), limits.drain);
+    let tasks = Tasks::new(pod, host, events.clone(), limits);
     let listener = Listener::try_from(listener).map_err(io_error("taking the socket"))?;
     let mut server = Server::new()
         .register_service(services(&tasks))

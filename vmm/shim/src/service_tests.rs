@@ -1,3 +1,6 @@
+#[path = "service_tests/amounts.rs"]
+mod amounts;
+
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -13,9 +16,10 @@ use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_async::{
     Client, Events as EventsService, TaskClient, create_events,
 };
-use hull_pod::agent::{ExitStatus, Process, Stdio};
-use hull_pod::supervisor::PodFailure;
+use hull_pod::agent::{AgentError, ExitStatus, Process, Stats, Stdio};
 use hull_pod::supervisor::api::{Exec, Size};
+use hull_pod::supervisor::{Limits, PodFailure};
+use oci_spec::runtime::LinuxResources;
 use rustix::fs::{CWD, FileType, Mode};
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
@@ -32,8 +36,17 @@ use crate::host::Host;
 use crate::pod::{Pod, RootMount};
 use crate::tasks::Tasks;
 
+#[path = "service_kill_tests.rs"]
+mod kills;
+
 const LONG: Duration = Duration::from_secs(20);
 const IDLE: Duration = Duration::from_secs(2);
+const LIMITS: Limits = Limits {
+    agent_ready: LONG,
+    call: LONG,
+    drain: IDLE,
+    end: IDLE,
+};
 
 /// A pod without a machine: its processes are this test's ends of their streams.
 #[derive(Default)]
@@ -42,7 +55,12 @@ struct StandIn {
     guests: Mutex<HashMap<String, Guest>>,
     exits: Mutex<HashMap<String, watch::Sender<Option<i32>>>>,
     signals: Mutex<Vec<(String, u32, bool)>>,
+    /// Processes killed for want of memory, in whatever container.
+    ooms: watch::Sender<u64>,
+    updates: Mutex<Vec<(String, LinuxResources)>>,
     refuse_start: Mutex<bool>,
+    /// Its agent answers no signal.
+    silent: Mutex<bool>,
 }
 
 /// A process's own ends.
@@ -110,8 +128,12 @@ impl Pod for StandIn {
         Ok(())
     }
 
-    async fn exec(&self, exec: &str, _: &Exec) -> Result<Stdio, TaskError> {
-        Ok(self.process(exec))
+    async fn exec(&self, exec: &str, what: &Exec) -> Result<Stdio, TaskError> {
+        let mut stdio = self.process(exec);
+        if !what.stdin {
+            stdio.stdin = None;
+        }
+        Ok(stdio)
     }
 
     async fn wait(&self, process: Process<'_>) -> Result<ExitStatus, TaskError> {
@@ -130,6 +152,10 @@ impl Pod for StandIn {
     async fn signal(&self, process: Process<'_>, signal: u32, all: bool) -> Result<(), TaskError> {
         let sent = (key(process), signal, all);
         self.signals.lock().unwrap().push(sent);
+        if *self.silent.lock().unwrap() {
+            let (call, limit) = ("Signal", LONG);
+            return Err(AgentError::TimedOut { call, limit }.into());
+        }
         Ok(())
     }
 
@@ -139,6 +165,32 @@ impl Pod for StandIn {
 
     async fn processes(&self, _: &str) -> Result<Vec<u32>, TaskError> {
         Ok(vec![7, 9])
+    }
+
+    async fn stats(&self, name: Option<&str>) -> Result<Stats, TaskError> {
+        let mut stats = Stats::default();
+        stats.pids.current = if name.is_some() { 2 } else { 20 };
+        Ok(stats)
+    }
+
+    async fn freeze(&self, _: &str) -> Result<(), TaskError> {
+        Ok(())
+    }
+
+    async fn thaw(&self, _: &str) -> Result<(), TaskError> {
+        Ok(())
+    }
+
+    async fn update(&self, name: &str, resources: &LinuxResources) -> Result<(), TaskError> {
+        let updated = (name.to_owned(), resources.clone());
+        self.updates.lock().unwrap().push(updated);
+        Ok(())
+    }
+
+    async fn wait_oom(&self, _: &str, kills: u64) -> Result<u64, TaskError> {
+        let mut ooms = self.ooms.subscribe();
+        let more = ooms.wait_for(|ooms| *ooms > kills).await;
+        Ok(*more.unwrap())
     }
 
     async fn remove(&self, name: &str) -> Result<(), TaskError> {
@@ -208,7 +260,7 @@ impl Shim {
             Arc::clone(&pod) as Arc<dyn Pod>,
             Host::here().unwrap(),
             publisher,
-            IDLE,
+            LIMITS,
         );
         let socket = root.path().join("shim");
         let second = server(&socket, services(&tasks)).await;

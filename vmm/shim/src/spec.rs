@@ -5,7 +5,9 @@
 
 use std::path::{Path, PathBuf};
 
-use hull_pod::oci::{Amounts, ContainerSpec, InfraSpec, MachineSize, machine_size_for};
+use hull_pod::oci::{
+    Amounts, ContainerSpec, InfraSpec, MachineSize, Pids, Sizing, machine_size_for,
+};
 use oci_spec::OciSpecError;
 use oci_spec::runtime::{
     LinuxBuilder, LinuxResources, LinuxResourcesBuilder, Mount, Process, RootBuilder, Spec,
@@ -31,6 +33,8 @@ const DEVICES: &[&str] = &[
 ];
 /// What the guest keeps of a bind's options.
 const BIND_OPTIONS: &[&str] = &["ro", "rw", "rro", "noexec", "exec", "nosuid", "nodev"];
+/// The controllers of which files of a cgroup may be named: what they count, a guest counts, too.
+const UNIFIED: &[&str] = &["cpu.", "memory.", "pids."];
 const SIGTERM: u32 = 15;
 /// Of a host name (uname(2)).
 const HOSTNAME_MAX: usize = 63;
@@ -88,6 +92,7 @@ pub fn container<E: From<SpecError>>(
         stdin_once: false,
         // containerd names the signal whenever it sends one.
         stop_signal: SIGTERM,
+        pids: Pids::AsPod,
     })
 }
 
@@ -126,6 +131,17 @@ fn process(given: &Process) -> Process {
     process
 }
 
+/// What is changed of a container's resources.
+///
+/// # Errors
+/// When it can't be written.
+pub fn update(given: &LinuxResources) -> Result<LinuxResources, SpecError> {
+    let mut resources = resources(given)?;
+    // They stay.
+    resources.set_devices(None);
+    Ok(resources)
+}
+
 /// What a cgroup of the guest can have.
 fn resources(given: &LinuxResources) -> Result<LinuxResources, OciSpecError> {
     let mut resources = LinuxResourcesBuilder::default().build()?;
@@ -143,6 +159,16 @@ fn resources(given: &LinuxResources) -> Result<LinuxResources, OciSpecError> {
         memory.set_kernel(None).set_kernel_tcp(None);
         memory
     }));
+    let amounts = given.unified().clone().map(|mut files| {
+        // Others are of devices, processors and pages of the host.
+        files.retain(|file, _| {
+            UNIFIED
+                .iter()
+                .any(|controller| file.starts_with(controller))
+        });
+        files
+    });
+    resources.set_unified(amounts.filter(|files| !files.is_empty()));
     Ok(resources)
 }
 
@@ -228,7 +254,7 @@ pub fn infra(spec: &Spec, id: &str) -> InfraSpec {
 /// How large the machine is: by what the pod's containers may use together, where the sandbox's annotations tell,
 /// else by what its first container may use.
 #[must_use]
-pub fn size(spec: &Spec) -> MachineSize {
+pub fn size(spec: &Spec, sizing: Sizing) -> MachineSize {
     let number = |name| annotation(spec, name).and_then(|text| text.parse::<i64>().ok());
     let resources = spec
         .linux()
@@ -247,12 +273,13 @@ pub fn size(spec: &Spec) -> MachineSize {
         .zip(positive(period))
         .map(|(quota, period)| quota.saturating_mul(1000) / period);
     let memory_limit = positive(memory);
-    machine_size_for(&[Amounts {
+    let amounts = Amounts {
         cpu_limit,
         cpu_request: cpu_limit,
         memory_limit,
         memory_request: memory_limit,
-    }])
+    };
+    machine_size_for(&[amounts], sizing)
 }
 
 #[cfg(test)]
@@ -365,9 +392,10 @@ mod tests {
                 "io.kubernetes.cri.sandbox-memory":"536870912"}"#,
         );
 
-        let size = size(&limited);
+        let sizing = Sizing::default();
+        let size = size(&limited, sizing);
 
         assert_eq!((size.vcpus, size.memory_mib), (1, 512 + 128));
-        assert_eq!(super::size(&spec("")).memory_mib, 1024);
+        assert_eq!(super::size(&spec(""), sizing).memory_mib, 1024);
     }
 }

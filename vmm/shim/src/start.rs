@@ -16,6 +16,7 @@ use sha2::{Digest, Sha256};
 
 use crate::arguments::Arguments;
 use crate::bundle::{Bundle, BundleError, Place};
+use crate::options::{self, OptionsError};
 
 /// Sockets are here unless containerd says where; their paths must be short (unix(7): 108 bytes).
 const SOCKETS: &str = "/run/containerd/s";
@@ -35,6 +36,8 @@ pub const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
 pub enum StartError {
     #[error(transparent)]
     Bundle(#[from] BundleError),
+    #[error(transparent)]
+    Options(#[from] OptionsError),
     #[error("{doing}")]
     Io {
         doing: String,
@@ -79,6 +82,7 @@ pub fn start(arguments: &Arguments) -> Result<Vec<u8>, StartError> {
         .read_to_end(&mut input)
         .map_err(io_error("reading what containerd says"))?;
     let known = std::env::var(MAX_VERSION).ok();
+    let configuration = options::on_start(&input, arguments)?;
     let protocol = protocol(&input, arguments, known.as_deref());
     let directory = std::env::current_dir().map_err(io_error("finding the bundle"))?;
     let bundle = Bundle::read(&directory)?;
@@ -93,7 +97,7 @@ pub fn start(arguments: &Arguments) -> Result<Vec<u8>, StartError> {
         Place::Sandbox | Place::Alone if alive => {}
         Place::Sandbox | Place::Alone => {
             let listener = listen(&socket)?;
-            if let Err(error) = serve(arguments, &protocol, listener) {
+            if let Err(error) = serve(arguments, &protocol, configuration.as_deref(), listener) {
                 // Nobody listens there any more.
                 let _ = std::fs::remove_file(&socket);
                 return Err(error);
@@ -106,17 +110,23 @@ pub fn start(arguments: &Arguments) -> Result<Vec<u8>, StartError> {
 }
 
 fn protocol(input: &[u8], arguments: &Arguments, known: Option<&str>) -> Protocol {
-    // Runtime options, which older ones send, can be read as this message, too: then the names don't fit.
-    if let Ok(params) = BootstrapParams::parse_from_bytes(input)
-        && params.instance_id == arguments.id
-        && params.namespace == arguments.namespace
-    {
+    if let Some(params) = parameters(input, arguments) {
         return Protocol::Message(Box::new(params));
     }
     match known.and_then(|known| known.parse::<i32>().ok()) {
         Some(version) if version >= FIRST_WITH_PARAMETERS => Protocol::Json,
         _ => Protocol::Address,
     }
+}
+
+/// What containerd 2.3 sends. Runtime options, which older ones send, can be read as this message, too: then the
+/// names don't fit.
+pub fn parameters(input: &[u8], arguments: &Arguments) -> Option<BootstrapParams> {
+    BootstrapParams::parse_from_bytes(input)
+        .ok()
+        .filter(|params| {
+            params.instance_id == arguments.id && params.namespace == arguments.namespace
+        })
 }
 
 /// The same for all containers of a pod, and for nobody else.
@@ -159,6 +169,7 @@ fn listen(socket: &Path) -> Result<UnixListener, StartError> {
 fn serve(
     arguments: &Arguments,
     protocol: &Protocol,
+    configuration: Option<&Path>,
     listener: UnixListener,
 ) -> Result<(), StartError> {
     let program = std::env::current_exe().map_err(io_error("finding this program"))?;
@@ -173,6 +184,9 @@ fn serve(
     }
     if let Protocol::Message(params) = protocol {
         command.env(TTRPC_ADDRESS, &params.containerd_ttrpc_address);
+    }
+    if let Some(configuration) = configuration {
+        command.env(options::CONFIGURATION, configuration);
     }
     let mut shim = command
         .arg("serve")

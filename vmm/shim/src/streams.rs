@@ -22,6 +22,10 @@ use crate::logger::Logger;
 
 /// What is copied at once.
 const CHUNK: usize = 64 << 10;
+/// More than pipes, sockets and rings can hold of what a process has printed before its end.
+const LAST_BYTES: u64 = 16 << 20;
+/// The last output may take as many times as long as a moment without any.
+const LAST_IDLES: u32 = 60;
 
 /// Where the streams of a process are on the host, as containerd names them. Empty: nowhere.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -53,6 +57,7 @@ pub struct Streams {
     /// Held so that a client that goes doesn't end the process's input: `CloseIO` does.
     stdin_writer: Mutex<Option<OwnedFd>>,
     outputs: Vec<JoinHandle<()>>,
+    /// Bytes that have been written.
     progress: Arc<AtomicU64>,
     /// How many outputs have not ended.
     open: watch::Sender<usize>,
@@ -163,21 +168,29 @@ impl Streams {
     }
 
     /// When the process has ended: waits until everything has been written, as long as something still comes. A
-    /// process that outlives its container's first one may hold a stream for ever, and a FIFO may have no reader.
+    /// process that outlives its container's first one may hold a stream for ever, a FIFO may have no reader, and a
+    /// guest may print without end: what was printed before the end is bounded, and so is the time for it.
     pub async fn drain(&self, idle: Duration) {
         self.end_stdin();
         self.close_stdin();
+        let written = || self.progress.load(Ordering::Relaxed);
+        let last = written().saturating_add(LAST_BYTES);
         let mut open = self.open.subscribe();
-        let mut seen = self.progress.load(Ordering::Relaxed);
-        while timeout(idle, open.wait_for(|open| *open == 0))
-            .await
-            .is_err()
-        {
-            let now = self.progress.load(Ordering::Relaxed);
-            if now == seen {
-                break;
+        let all = async {
+            let mut seen = written();
+            while timeout(idle, open.wait_for(|open| *open == 0))
+                .await
+                .is_err()
+            {
+                let now = written();
+                if now == seen || now > last {
+                    break;
+                }
+                seen = now;
             }
-            seen = now;
+        };
+        if timeout(idle * LAST_IDLES, all).await.is_err() {
+            tracing::warn!("the last output of a process takes too long, and is cut");
         }
         self.outputs.iter().for_each(JoinHandle::abort);
         let logger = lock(&self.logger).take();
@@ -292,7 +305,7 @@ async fn copy_out(mut stream: UnixStream, mut sink: Sink, progress: Arc<AtomicU6
             tracing::warn!(%error, "a stream of a process can't be written any more");
             sink = Sink::Nothing;
         }
-        progress.fetch_add(1, Ordering::Relaxed);
+        progress.fetch_add(length as u64, Ordering::Relaxed);
     }
     if let Sink::File(file) = &mut sink
         && let Err(error) = file.flush().await
@@ -404,6 +417,45 @@ mod tests {
         });
 
         timeout(Duration::from_secs(10), streams.drain(IDLE))
+            .await
+            .unwrap();
+
+        tokio::task::spawn_blocking(|| writer.join().unwrap())
+            .await
+            .unwrap();
+    }
+
+    #[tokio::test]
+    async fn output_without_end_does_not_hold_up_the_end() {
+        let (ours, mut guest) = pair();
+        let mut stdio = Stdio::default();
+        stdio.stdout = Some(ours);
+        let streams = Streams::connect(stdio, &Places::default(), None).unwrap();
+        let writer = std::thread::spawn(move || while guest.write_all(&[b'x'; CHUNK]).is_ok() {});
+
+        timeout(Duration::from_secs(10), streams.drain(IDLE))
+            .await
+            .unwrap();
+
+        tokio::task::spawn_blocking(|| writer.join().unwrap())
+            .await
+            .unwrap();
+    }
+
+    #[tokio::test]
+    async fn output_that_drips_does_not_hold_up_the_end() {
+        let (ours, mut guest) = pair();
+        let mut stdio = Stdio::default();
+        stdio.stdout = Some(ours);
+        let streams = Streams::connect(stdio, &Places::default(), None).unwrap();
+        let idle = Duration::from_millis(20);
+        let writer = std::thread::spawn(move || {
+            while guest.write_all(b"x").is_ok() {
+                std::thread::sleep(idle / 4);
+            }
+        });
+
+        timeout(Duration::from_secs(10), streams.drain(idle))
             .await
             .unwrap();
 

@@ -1,5 +1,7 @@
 //! The tasks of a pod: containers and their further processes, from their creation to their deletion.
 
+mod amounts;
+
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,13 +10,15 @@ use std::time::Duration;
 
 use containerd_shim_protos::api::Mount;
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskStart,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskStart,
 };
 use hull_pod::agent::{Process, Stdio};
+use hull_pod::supervisor::Limits;
 use hull_pod::supervisor::api::{Exec, Size};
 use hull_pod::text::chain;
 use oci_spec::runtime::User;
 use tokio::sync::watch;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::bundle::{Bundle, Place};
 use crate::events::{Events, timestamp};
@@ -47,8 +51,7 @@ pub struct Tasks {
     pod: Arc<dyn Pod>,
     host: Host,
     events: Events,
-    /// See [`hull_pod::supervisor::Limits::drain`].
-    drain: Duration,
+    limits: Limits,
     tasks: Mutex<HashMap<String, Arc<Task>>>,
     /// The pod's first container, with which the machine ends.
     owner: Mutex<Option<String>>,
@@ -87,12 +90,12 @@ impl New {
 
 impl Tasks {
     #[must_use]
-    pub fn new(pod: Arc<dyn Pod>, host: Host, events: Events, drain: Duration) -> Arc<Self> {
+    pub fn new(pod: Arc<dyn Pod>, host: Host, events: Events, limits: Limits) -> Arc<Self> {
         Arc::new(Self {
             pod,
             host,
             events,
-            drain,
+            limits,
             tasks: Mutex::default(),
             owner: Mutex::default(),
             creating: tokio::sync::Mutex::default(),
@@ -221,6 +224,9 @@ impl Tasks {
         let (handle, process) = task.process(exec)?;
         let _starting = process.starting.lock().await;
         must_be(id, &process, "created", |state| state == State::Created)?;
+        if handle.is_some() {
+            must_be(id, &task.first, "running", |state| state == State::Running)?;
+        }
         match (&task.name, &handle) {
             (None, _) => {}
             (Some(name), None) => {
@@ -249,10 +255,23 @@ impl Tasks {
             };
             self.events.publish(started).await;
         }
-        let (tasks, exec) = (Arc::clone(self), exec.to_owned());
-        let process = Arc::clone(&process);
-        tokio::spawn(async move { tasks.follow(&task, &exec, handle, &process).await });
+        self.see_end(task, exec, handle, &process);
         Ok(())
+    }
+
+    /// Follows a process, if nobody does yet.
+    fn see_end(
+        self: &Arc<Self>,
+        task: Arc<Task>,
+        exec: &str,
+        handle: Option<String>,
+        process: &Arc<Managed>,
+    ) {
+        if process.follow() {
+            let (tasks, exec) = (Arc::clone(self), exec.to_owned());
+            let process = Arc::clone(process);
+            tokio::spawn(async move { tasks.follow(&task, &exec, handle, &process).await });
+        }
     }
 
     async fn start_exec(&self, id: &str, process: &Managed, handle: &str) -> Result<(), TaskError> {
@@ -280,13 +299,15 @@ impl Tasks {
 
     /// Waits for a process's end, and tells of it when all that it has printed is out.
     async fn follow(&self, task: &Task, exec: &str, handle: Option<String>, process: &Managed) {
-        let ended = match task.known(handle.as_deref()) {
-            Some(known) => self.pod.wait(known).await,
+        let (ended, oom_told) = match task.known(handle.as_deref()) {
+            Some(Process::Container(name)) => self.outlive(task, name).await,
+            Some(exec) => (self.pod.wait(exec).await, true),
             None => {
                 self.pod.ended().await;
-                Ok(killed())
+                (Ok(process.killed()), true)
             }
         };
+        process.set_gone();
         let ended = ended.unwrap_or_else(|error| {
             tracing::warn!(
                 id = task.id,
@@ -297,14 +318,19 @@ impl Tasks {
             killed()
         });
         if let Some(streams) = process.streams() {
-            streams.drain(self.drain).await;
+            streams.drain(self.limits.drain).await;
         }
-        if ended.oom_killed && handle.is_none() {
-            let oom = TaskOOM {
-                container_id: task.id.clone(),
-                ..Default::default()
-            };
-            self.events.publish(oom).await;
+        if handle.is_none() {
+            task.ends_of_execs(self.limits.drain).await;
+        }
+        // The event of its start comes before that of its end, if there is one.
+        let _starting = process.starting.lock().await;
+        if matches!(process.state(), State::Ended(_)) {
+            // It was deleted before it was started.
+            return;
+        }
+        if ended.oom_killed && !oom_told {
+            self.tell_oom(task).await;
         }
         let exit = now(u32::try_from(ended.code).unwrap_or(KILLED));
         let told = TaskExit {
@@ -370,7 +396,7 @@ impl Tasks {
     /// # Errors
     /// [`TaskError::Ended`] when there is none to get it.
     pub async fn kill(
-        &self,
+        self: &Arc<Self>,
         id: &str,
         exec: &str,
         signal: u32,
@@ -378,19 +404,73 @@ impl Tasks {
     ) -> Result<(), TaskError> {
         let task = self.task(id)?;
         let (handle, process) = task.process(exec)?;
-        if matches!(process.state(), State::Ended(_)) {
+        if process.is_gone() {
             return Err(TaskError::Ended(id.to_owned()));
         }
-        match task.known(handle.as_deref()) {
+        if handle.is_some() {
+            must_be(id, &process, "running", |state| state != State::Created)?;
+        } else {
+            // One that waits to be started can end as well.
+            self.see_end(Arc::clone(&task), exec, None, &process);
+        }
+        let sent = match task.known(handle.as_deref()) {
+            Some(known) if signal == SIGKILL => {
+                self.end(&task, known, &process, handle.is_none(), all)
+                    .await
+            }
             Some(known) => self.pod.signal(known, signal, all).await,
             None => {
+                process.set_signal(signal);
                 self.pod.shut_down().await;
-                if process.state() == State::Created {
-                    process.set(State::Ended(now(KILLED)));
-                }
                 Ok(())
             }
+        };
+        sent.map_err(|error| {
+            if error.is_too_late() {
+                TaskError::Ended(id.to_owned())
+            } else {
+                error
+            }
+        })
+    }
+
+    /// Kills a process, whatever the guest says to it: one that doesn't answer loses its machine, and so does one whose
+    /// only container, which is the pod, goes on.
+    async fn end(
+        &self,
+        task: &Task,
+        known: Process<'_>,
+        process: &Arc<Managed>,
+        whole: bool,
+        all: bool,
+    ) -> Result<(), TaskError> {
+        let sent = self.pod.signal(known, SIGKILL, all).await;
+        if let Err(error) = &sent
+            && !error.is_answer()
+        {
+            tracing::error!(
+                id = task.id,
+                error = chain(error),
+                "SIGKILL is not taken: the machine ends"
+            );
+            self.pod.shut_down().await;
+            return Ok(());
         }
+        let refused = sent.is_err();
+        if whole && lock(&self.owner).as_deref() == Some(&task.id) {
+            let (pod, process) = (Arc::clone(&self.pod), Arc::clone(process));
+            let (id, limit) = (task.id.clone(), self.limits.end);
+            let end = tokio::spawn(async move {
+                if timeout(limit, process.gone()).await.is_err() {
+                    tracing::error!(id, "SIGKILL has no effect: the machine ends");
+                    pod.shut_down().await;
+                }
+            });
+            if refused {
+                return Ok(end.await?);
+            }
+        }
+        sent
     }
 
     /// Removes what has ended, or was never started.
@@ -400,14 +480,17 @@ impl Tasks {
     pub async fn delete(&self, id: &str, exec: &str) -> Result<Exit, TaskError> {
         let task = self.task(id)?;
         let (handle, process) = task.process(exec)?;
-        must_be(id, &process, "stopped", |state| state != State::Running)?;
+        must_be(id, &process, "stopped", |state| {
+            !matches!(state, State::Running | State::Paused)
+        })?;
         let exit = match process.state() {
             State::Ended(exit) => exit,
-            State::Created | State::Running => now(KILLED),
+            _ => now(KILLED),
         };
+        process.set(State::Ended(exit));
         if let Some(handle) = handle {
             lock(&task.execs).remove(exec);
-            if let (Some(name), State::Ended(_)) = (&task.name, process.state())
+            if let (Some(name), true) = (&task.name, process.streams().is_some())
                 && let Err(error) = self.pod.remove_exec(name, &handle).await
             {
                 // The container has ended, and its processes with it.
@@ -537,6 +620,17 @@ impl Task {
             exec: exec.to_owned(),
         })?;
         Ok((Some(handle.clone()), Arc::clone(process)))
+    }
+
+    /// Waits for the further processes, which end with the container; not longer than `limit`.
+    async fn ends_of_execs(&self, limit: Duration) {
+        let execs = lock(&self.execs).values().cloned().collect::<Vec<_>>();
+        let until = Instant::now() + limit;
+        for (_, process) in execs {
+            if process.state() == State::Running {
+                let _ = timeout_at(until, process.exit()).await;
+            }
+        }
     }
 
     /// The process as the agent knows it. None: it is infra.

@@ -129,7 +129,7 @@ fn attach(host: &Host, args: Args) -> Result<i32, Failure> {
             .await
             .map_err(|error| refused(error, ""))?;
         match session {
-            Some(session) => attend(session, tty).await,
+            Some(session) => attend(session, tty, host.limits()).await,
             None => {
                 println!("{name}");
                 Ok(0)

@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::io::IsTerminal;
+use std::path::Path;
 
+use hull_pod::configuration::{Configuration, DEFAULT_PATH};
 use hull_pod::networks::Netavark;
-use hull_pod::supervisor::{Installation, Limits};
+use hull_pod::supervisor::Installation;
 use kvm_ioctls::Kvm;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2, statfs};
 use serde::Serialize;
@@ -82,7 +84,8 @@ pub fn run(host: &Host, args: &Args) -> Result<(), Failure> {
         overlay(),
         control_groups(),
         privileges(),
-        installation(),
+        configuration(host),
+        installation(host),
         networks(host),
         directories(host),
     ];
@@ -266,9 +269,27 @@ fn privileges() -> Finding {
     }
 }
 
-fn installation() -> Finding {
+fn configuration(host: &Host) -> Finding {
+    const WHAT: &str = "configuration";
+    let named = host.configuration.as_deref();
+    match Configuration::load(named) {
+        Ok(_) => {
+            let path = named.unwrap_or(Path::new(DEFAULT_PATH));
+            let read = fs::exists(path).unwrap_or(true);
+            let is = if read { "" } else { " is not there: defaults" };
+            Finding::ok(WHAT, format!("{}{is}", path.display()))
+        }
+        Err(error) => Finding::failure(
+            WHAT,
+            hull_pod::text::chain(&error),
+            "mend the file; no pod starts with it as it is",
+        ),
+    }
+}
+
+fn installation(host: &Host) -> Finding {
     const WHAT: &str = "installation";
-    match Installation::find() {
+    match Installation::find(&host.configuration().unwrap_or_default()) {
         Ok(found) => Finding::ok(
             WHAT,
             format!("{}, {}", found.vmm.display(), found.kernel.display()),
@@ -279,7 +300,7 @@ fn installation() -> Finding {
 
 fn networks(host: &Host) -> Finding {
     const WHAT: &str = "networks";
-    match Netavark::find(&host.directories, Limits::from_environment().call) {
+    match Netavark::find(&host.directories, host.limits().call) {
         Ok(_) => Finding::ok(WHAT, "netavark and aardvark-dns are there"),
         Err(error) => Finding::bad(
             WHAT,

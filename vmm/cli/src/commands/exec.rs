@@ -69,7 +69,7 @@ fn session(host: &Host, args: Args) -> Result<i32, Failure> {
             .exec(exec)
             .await
             .map_err(|error| refused(error, &format!("running {program:?}: ")))?;
-        attend(session, tty).await
+        attend(session, tty, host.limits()).await
     });
     // The thread that reads our standard input may wait for ever.
     runtime.shutdown_background();

@@ -59,13 +59,13 @@ pub fn run(host: &Host, args: Args) -> Result<(), Failure> {
     for manifest in &manifests {
         examine(manifest, &store)?;
     }
-    Installation::find()?;
-    let networking = Networking::check(&args.networking, &manifests, &host.directories)?;
+    Installation::find(&host.configuration()?)?;
+    let networking = Networking::check(&args.networking, &manifests, host)?;
 
     pods::runtime()?.block_on(async {
         // From here on a Ctrl-C waits until it can be done right.
         let interrupts = Interrupts::new()?;
-        let clients = start(&registry, &manifests, &networking, args.replace).await?;
+        let clients = start(host, &registry, &manifests, &networking, args.replace).await?;
         Attendance::new(clients, interrupts, &args)
             .attend(&registry, &args)
             .await
@@ -125,6 +125,7 @@ fn examine(manifest: &PodManifest, store: &Store) -> Result<(), Failure> {
 
 /// Claims every name, and then starts every supervisor. All or none.
 async fn start(
+    host: &Host,
     registry: &Registry,
     manifests: &[PodManifest],
     networking: &Networking,
@@ -161,7 +162,7 @@ async fn start(
             registry.abandon(claim)?;
             continue;
         }
-        let args = supervisor_args(registry, &claim.dir);
+        let args = supervisor_args(host, &claim.dir);
         match Client::start(claim, manifest, &program, args) {
             Ok(client) => clients.push(client),
             Err(error) => failure = Some(error),
@@ -200,14 +201,17 @@ fn claim(registry: &Registry, manifest: &PodManifest) -> Result<Claim, StateErro
     )
 }
 
-fn supervisor_args(registry: &Registry, dir: &PodDir) -> Vec<OsString> {
-    let directories = registry.directories();
-    vec![
+fn supervisor_args(host: &Host, dir: &PodDir) -> Vec<OsString> {
+    let directories = &host.directories;
+    let configuration = host.configuration.iter();
+    let configuration = configuration.flat_map(|file| ["--config".into(), file.into()]);
+    let rest = [
         "--run-dir".into(),
         directories.run().into(),
         "--data-dir".into(),
         directories.data().into(),
         "supervise".into(),
         dir.id().as_str().into(),
-    ]
+    ];
+    configuration.chain(rest).collect()
 }

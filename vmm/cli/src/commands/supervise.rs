@@ -17,13 +17,15 @@ pub struct Args {
 
 pub fn run(host: &Host, args: Args) -> Result<(), Failure> {
     let id = PodId::try_from(args.id).map_err(Failure::Input)?;
-    let filter = EnvFilter::try_from_env("HULL_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let configuration = host.configuration()?;
+    let filter = EnvFilter::try_from_env("HULL_LOG")
+        .unwrap_or_else(|_| EnvFilter::new(configuration.log_level.to_string()));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
         .with_ansi(false)
         .init();
-    supervisor::supervise(&host.directories, &id)
+    supervisor::supervise(&host.directories, &id, configuration)
         .inspect_err(supervisor::report)
         .map_err(Failure::from)
 }

@@ -28,6 +28,7 @@ mod plug;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod traffic;
 mod vhost;
 
 use std::io;
@@ -36,6 +37,7 @@ pub use far_ends::{far_ends, remove_veths};
 pub use namespace::Namespace;
 pub use observe::{Observed, ObservedInterface, observe, plan};
 pub use plug::{Plug, plug};
+pub use traffic::traffic;
 pub use vhost::VhostNet;
 
 /// What can go wrong between a pod's network namespace and its machine.

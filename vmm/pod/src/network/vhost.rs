@@ -5,14 +5,18 @@ use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::OwnedFd;
 
+use serde::Deserialize;
+
 use super::{Result, WiringError};
+use crate::configuration::Configuration;
 
 const DEVICE: &str = "/dev/vhost-net";
 /// The host's choice.
 const VARIABLE: &str = "HULL_VHOST_NET";
 
 /// Whether the kernel moves packets, and not `hull-vmm`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum VhostNet {
     /// Where it can.
     #[default]
@@ -23,13 +27,13 @@ pub enum VhostNet {
 }
 
 impl VhostNet {
-    /// By `HULL_VHOST_NET`: `auto`, as it is without it, `on` or `off`.
+    /// By `HULL_VHOST_NET`: `auto`, `on` or `off`. Without it as the configuration has it.
     ///
     /// # Errors
     /// [`WiringError::BadVhost`] when it is something else.
-    pub fn from_environment() -> Result<Self> {
+    pub fn of(configuration: &Configuration) -> Result<Self> {
         match env::var_os(VARIABLE) {
-            None => Ok(Self::default()),
+            None => Ok(configuration.vhost_net),
             Some(value) => Self::parse(&value.to_string_lossy()),
         }
     }

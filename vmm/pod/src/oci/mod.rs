@@ -23,7 +23,7 @@ use crate::images::Image;
 use crate::manifest::PodManifest;
 
 pub use resources::Amounts;
-pub use sizing::{MachineSize, machine_size, machine_size_for};
+pub use sizing::{MachineSize, Sizing, machine_size, machine_size_for};
 
 /// Paths that would show a container things of its kernel that are none of its
 /// business; the same as containerd's.
@@ -66,6 +66,20 @@ pub struct ContainerSpec {
     pub stdin_once: bool,
     /// The signal that asks it to end: the image's, or SIGTERM.
     pub stop_signal: u32,
+    pub pids: Pids,
+}
+
+/// Whose processes a container sees.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Pids {
+    /// The pod's with `shareProcessNamespace`, else its own.
+    #[default]
+    AsPod,
+    Own,
+    /// Those of the pod's PID namespace, which infra must hold.
+    Pod,
+    /// Those of another container, by its name.
+    Of(String),
 }
 
 /// What the agent is told of the pod as a whole.
@@ -166,6 +180,7 @@ pub fn container(
         stdin: container.stdin.unwrap_or(false),
         stdin_once: container.stdin_once.unwrap_or(false),
         stop_signal: process::stop_signal(config),
+        pids: Pids::AsPod,
     })
 }
 

@@ -7,7 +7,7 @@ use oci_spec::runtime::{
     LinuxResources, LinuxResourcesBuilder,
 };
 
-use super::sizing::machine_size;
+use super::sizing::{Sizing, machine_size};
 use crate::manifest::{PodManifest, Quantity};
 
 /// CFS period in microseconds.
@@ -113,7 +113,8 @@ pub fn oom_score_adj(manifest: &PodManifest, container: &Container) -> i32 {
     if all.iter().all(|amounts| *amounts == Amounts::default()) {
         return 1000;
     }
-    let capacity = machine_size(manifest)
+    // Only the order of the scores counts.
+    let capacity = machine_size(manifest, Sizing::default())
         .memory_mib
         .saturating_mul(1 << 20)
         .max(1);

@@ -4,18 +4,33 @@ use super::resources::Amounts;
 use crate::manifest::PodManifest;
 
 const MIB: u64 = 1 << 20;
-/// What kernel and agent need beside the containers.
-const GUEST_MIB: u64 = 128;
-/// For all containers without a memory limit together.
-const UNLIMITED_MIB: u64 = 1024;
 /// A distribution's kernel with its initramfs doesn't start with less.
 const MIN_MIB: u64 = 256;
 const MAX_MIB: u64 = 1 << 20;
 /// Large pages of the host fit.
 const ROUND_MIB: u64 = 2;
-/// For all containers without a CPU limit together.
-const UNLIMITED_VCPUS: u64 = 2;
 const MAX_VCPUS: u64 = 64;
+
+/// What a machine has that its containers' limits don't say. The host's operator decides it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizing {
+    /// For all containers without a CPU limit together.
+    pub unlimited_vcpus: u8,
+    /// For all containers without a memory limit together.
+    pub unlimited_mib: u64,
+    /// What kernel and agent need beside the containers.
+    pub guest_mib: u64,
+}
+
+impl Default for Sizing {
+    fn default() -> Self {
+        Self {
+            unlimited_vcpus: 2,
+            unlimited_mib: 1024,
+            guest_mib: 128,
+        }
+    }
+}
 
 /// The machine for a pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +39,7 @@ pub struct MachineSize {
     pub memory_mib: u64,
 }
 
-/// The machine's size, from what the pod's containers may use:
+/// The machine's size, from what the pod's containers may use (in numbers of [`Sizing::default`]):
 ///
 /// - memory: the sum of their limits and 128 MiB for the guest itself. Where a
 ///   container has no limit, its request instead, and 1024 MiB on top for all such
@@ -35,25 +50,25 @@ pub struct MachineSize {
 ///
 /// An init container runs alone: it counts where it needs more than all others.
 #[must_use]
-pub fn machine_size(manifest: &PodManifest) -> MachineSize {
-    size(manifest, host_cpus())
+pub fn machine_size(manifest: &PodManifest, sizing: Sizing) -> MachineSize {
+    size(manifest, sizing, host_cpus())
 }
 
 /// The machine for containers that may use so much each, by the same rules.
 #[must_use]
-pub fn machine_size_for(containers: &[Amounts]) -> MachineSize {
-    Need::of(containers).size(host_cpus())
+pub fn machine_size_for(containers: &[Amounts], sizing: Sizing) -> MachineSize {
+    Need::of(containers, sizing).size(host_cpus())
 }
 
 fn host_cpus() -> u64 {
     std::thread::available_parallelism().map_or(1, |count| count.get() as u64)
 }
 
-fn size(manifest: &PodManifest, host_cpus: u64) -> MachineSize {
+fn size(manifest: &PodManifest, sizing: Sizing, host_cpus: u64) -> MachineSize {
     let amounts: Vec<Amounts> = manifest.containers().iter().map(Amounts::of).collect();
-    let mut need = Need::of(&amounts);
+    let mut need = Need::of(&amounts, sizing);
     for container in manifest.init_containers() {
-        let alone = Need::of(&[Amounts::of(container)]);
+        let alone = Need::of(&[Amounts::of(container)], sizing);
         need.memory_mib = need.memory_mib.max(alone.memory_mib);
         need.vcpus = need.vcpus.max(alone.vcpus);
     }
@@ -77,17 +92,25 @@ impl Need {
         }
     }
 
-    fn of(amounts: &[Amounts]) -> Self {
+    fn of(amounts: &[Amounts], sizing: Sizing) -> Self {
         let bytes = amounts.iter().fold(0_u64, |sum, one| {
             sum.saturating_add(one.memory_limit.or(one.memory_request).unwrap_or(0))
         });
         let unlimited = amounts.iter().any(|one| one.memory_limit.is_none());
-        let extra = if unlimited { UNLIMITED_MIB } else { GUEST_MIB };
+        let extra = if unlimited {
+            sizing.unlimited_mib
+        } else {
+            sizing.guest_mib
+        };
         let millis = amounts.iter().fold(0_u64, |sum, one| {
             sum.saturating_add(one.cpu_limit.or(one.cpu_request).unwrap_or(0))
         });
         let unlimited = amounts.iter().any(|one| one.cpu_limit.is_none());
-        let least = if unlimited { UNLIMITED_VCPUS } else { 1 };
+        let least = if unlimited {
+            sizing.unlimited_vcpus.into()
+        } else {
+            1
+        };
         Self {
             // Below any overflow, and above what any machine has.
             memory_mib: bytes.div_ceil(MIB).min(MAX_MIB) + extra,
@@ -117,8 +140,28 @@ mod tests {
             list("c", containers)
         );
         let manifest = manifest::parse("f", &text).unwrap().remove(0);
-        let size = size(&manifest, 8);
+        let size = size(&manifest, Sizing::default(), 8);
         (size.vcpus, size.memory_mib)
+    }
+
+    #[test]
+    fn the_operator_decides_what_limits_dont_say() {
+        let sizing = Sizing {
+            unlimited_vcpus: 1,
+            unlimited_mib: 512,
+            guest_mib: 256,
+        };
+        let limited = Amounts {
+            cpu_limit: Some(1000),
+            memory_limit: Some(512 << 20),
+            ..Amounts::default()
+        };
+
+        let unlimited = Need::of(&[Amounts::default()], sizing).size(8);
+        let limited = Need::of(&[limited], sizing).size(8);
+
+        assert_eq!((unlimited.vcpus, unlimited.memory_mib), (1, 512));
+        assert_eq!((limited.vcpus, limited.memory_mib), (1, 768));
     }
 
     #[test]

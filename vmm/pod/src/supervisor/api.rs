@@ -11,6 +11,7 @@ use k8s_openapi::api::core::v1::Container;
 use serde::{Deserialize, Serialize};
 
 use crate::manifest::RestartPolicy;
+use crate::metrics::PodMetrics;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Request {
@@ -36,6 +37,8 @@ pub enum Request {
     /// Adds a container to the running pod. Answered by [`Reply::Joined`] when it has been started,
     /// and if it is attached by [`Reply::Ended`] at its end; that of the connection is then its own.
     Join(Box<Join>),
+    /// Measures the pod. Answered by [`Reply::Metrics`], whatever the guest does.
+    Metrics,
     /// Connects to a TCP port of the pod. Answered by [`Reply::Forwarded`].
     Forward { port: u16 },
     /// The size of the terminal of this connection's process. Answered by nothing.
@@ -102,10 +105,11 @@ pub struct Size {
     pub rows: u16,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Reply {
     Changed,
     Done,
+    Metrics(Box<PodMetrics>),
     /// Attached: the stream of standard input if asked for, standard output, and standard error
     /// unless there is a terminal, in this order.
     ExecStarted {

@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hull_machine::client::{GuestConnection, Machine};
 use hull_protocol::READY_PORT;
@@ -19,6 +19,7 @@ use super::network::{HostNetwork, PodNetwork};
 use crate::agent::network::Plan;
 use crate::agent::{Agent, GuestInfo, Process};
 use crate::manifest::Bandwidth;
+use crate::metrics::Meter;
 use crate::oci::{InfraSpec, MachineSize};
 use crate::volumes::{MemoryVolume, Share};
 
@@ -52,6 +53,7 @@ impl Boot<'_> {
         let slots = self.disk_slots.min(MAX_SLOTS);
         let spec = (0..slots).fold(spec, |spec, slot| spec.disk_slot(disks::serial(slot)));
         let spec = network.add_to(spec, self.bandwidth)?;
+        let begun = Instant::now();
         let (machine, connections) = Machine::launch(&self.installation.vmm, spec).await?;
         let machine = Arc::new(machine);
         Ok(Launched {
@@ -59,6 +61,8 @@ impl Boot<'_> {
             machine,
             connections,
             limits: self.limits,
+            size: self.size,
+            begun,
         })
     }
 }
@@ -70,6 +74,8 @@ pub struct Launched {
     disks: Disks,
     connections: mpsc::Receiver<GuestConnection>,
     limits: Limits,
+    size: MachineSize,
+    begun: Instant,
 }
 
 impl Launched {
@@ -89,6 +95,8 @@ impl Launched {
             disks,
             connections,
             limits,
+            size,
+            begun,
         } = self;
         let alive = agent_ready(&machine, connections, limits.agent_ready).await?;
         let agent = Agent::connect(Arc::<Machine>::clone(&machine), limits.call).await?;
@@ -99,6 +107,8 @@ impl Launched {
             agent,
             alive,
             end: limits.end,
+            size,
+            boot: begun.elapsed(),
         };
         Ok((guest, info))
     }
@@ -114,6 +124,9 @@ pub struct Guest {
     alive: UnixStream,
     /// See [`Limits::end`].
     end: Duration,
+    size: MachineSize,
+    /// From its start to the agent's answer.
+    boot: Duration,
 }
 
 impl Guest {
@@ -163,6 +176,20 @@ impl Guest {
             self.agent.configure_network(&plan).await?;
         }
         Ok(())
+    }
+
+    /// For looking at what the machine uses.
+    ///
+    /// # Errors
+    /// When there are no more descriptors.
+    pub fn meter(&self, network: &HostNetwork) -> Result<Meter, PodFailure> {
+        Ok(Meter {
+            vmm: u32::try_from(self.machine.pid()).ok(),
+            size: self.size,
+            boot: self.boot,
+            calls: Arc::clone(self.agent.taken()),
+            namespace: network.namespace()?,
+        })
     }
 
     /// What containers look at when they start.

@@ -1,10 +1,12 @@
 //! Where Hull's own files are: `hull-vmm`, and the guest's kernel and initramfs.
 //!
-//! Found by the environment of whoever starts Hull and by where its executable lies; a manifest
+//! Found by the environment of whoever starts Hull, by the configuration, and by where its executable lies; a manifest
 //! has no say in it.
 
 use std::env;
 use std::path::{Path, PathBuf};
+
+use crate::configuration::Configuration;
 
 /// The files that make a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,7 +38,7 @@ impl InstallationError {
 impl Installation {
     /// # Errors
     /// When a file is missing; says where it was looked for.
-    pub fn find() -> Result<Self, InstallationError> {
+    pub fn find(configuration: &Configuration) -> Result<Self, InstallationError> {
         let beside = env::current_exe()
             .ok()
             .and_then(|exe| Some(exe.parent()?.to_owned()));
@@ -46,6 +48,7 @@ impl Installation {
         )?;
         let (kernel, initramfs) = Self::find_guest(
             env::var_os("HULL_GUEST_DIR").map(PathBuf::from),
+            configuration,
             beside.as_deref(),
         )?;
         Ok(Self {
@@ -69,26 +72,32 @@ impl Installation {
         first("hull-vmm", candidates, "set HULL_VMM to its path")
     }
 
-    /// A directory named by the user is the only one looked at.
+    /// A directory that the environment names is the only one looked at, and then a file that the configuration
+    /// names.
     fn find_guest(
         named: Option<PathBuf>,
+        configuration: &Configuration,
         beside: Option<&Path>,
     ) -> Result<(PathBuf, PathBuf), InstallationError> {
-        const REMEDY: &str =
-            "make the guest image (guest-image/build) or set HULL_GUEST_DIR to its directory";
-        let directories = match named {
-            Some(named) => vec![named],
-            None => beside
-                .map(|beside| beside.join("../share/hull"))
-                .into_iter()
-                .chain([PathBuf::from("/usr/share/hull")])
-                .collect(),
-        };
-        let find = |name: &'static str| {
-            let candidates = directories.iter().map(|dir| dir.join(name)).collect();
+        const REMEDY: &str = "install Hull (scripts/install), make the guest image (guest-image/build), or set \
+                              HULL_GUEST_DIR to its directory";
+        let find = |name: &'static str, configured: &Option<PathBuf>| {
+            let candidates = match (&named, configured) {
+                (Some(directory), _) => vec![directory.join(name)],
+                (None, Some(file)) => vec![file.clone()],
+                (None, None) => beside
+                    .map(|beside| beside.join("../share/hull"))
+                    .into_iter()
+                    .chain([PathBuf::from("/usr/share/hull")])
+                    .map(|directory| directory.join(name))
+                    .collect(),
+            };
             first(name, candidates, REMEDY)
         };
-        Ok((find("vmlinux")?, find("initramfs.cpio")?))
+        Ok((
+            find("vmlinux", &configuration.kernel)?,
+            find("initramfs.cpio", &configuration.initramfs)?,
+        ))
     }
 }
 
@@ -117,7 +126,11 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let guest = root.path().join("../share/hull");
 
-        let missing = Installation::find_guest(Some(root.path().into()), Some(root.path()));
+        let missing = Installation::find_guest(
+            Some(root.path().into()),
+            &Configuration::default(),
+            Some(root.path()),
+        );
 
         let message = missing.unwrap_err().to_string();
         assert!(message.contains(&root.path().display().to_string()));
@@ -133,8 +146,15 @@ mod tests {
         std::fs::write(share.join("vmlinux"), "").unwrap();
         std::fs::write(share.join("initramfs.cpio"), "").unwrap();
 
-        let (kernel, _) = Installation::find_guest(None, Some(&bin)).unwrap();
+        let configuration = Configuration {
+            initramfs: Some(share.join("initramfs.cpio")),
+            ..Configuration::default()
+        };
+
+        let (kernel, initramfs) =
+            Installation::find_guest(None, &configuration, Some(&bin)).unwrap();
 
         assert_eq!(kernel, bin.join("../share/hull/vmlinux"));
+        assert_eq!(Some(initramfs), configuration.initramfs);
     }
 }

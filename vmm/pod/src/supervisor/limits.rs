@@ -3,6 +3,8 @@
 use std::env;
 use std::time::Duration;
 
+use crate::configuration::Configuration;
+
 /// Long enough never to fire where nothing is wrong, on slow machines by a factor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -17,12 +19,14 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// By `HULL_TIMEOUT_SCALE` (a factor; without it 1, or 4 inside a virtual machine, where another
-    /// one is slow) and `HULL_AGENT_TIMEOUT` (seconds for the agent to come up, taken as it is).
+    /// By `HULL_TIMEOUT_SCALE` (a factor) and `HULL_AGENT_TIMEOUT` (seconds for the agent to come up, taken as it
+    /// is). Without the former by the configuration, and without that 1, or 4 inside a virtual machine, where another
+    /// one is slow.
     #[must_use]
-    pub fn from_environment() -> Self {
+    pub fn of(configuration: &Configuration) -> Self {
         let number = |name| env::var(name).ok().and_then(|text| text.parse().ok());
         let scale = number("HULL_TIMEOUT_SCALE")
+            .or(configuration.timeout_scale)
             .unwrap_or_else(|| if in_virtual_machine() { 4 } else { 1 });
         Self::new(scale, number("HULL_AGENT_TIMEOUT"))
     }

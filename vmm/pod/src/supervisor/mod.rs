@@ -30,7 +30,7 @@ pub use failure::PodFailure;
 pub use guest::{Boot, Guest, Launched};
 pub use installation::{Installation, InstallationError};
 pub use limits::Limits;
-pub use network::{HostNetwork, PodNetwork, RewireError};
+pub use network::{HostNetwork, PodNetwork, Queues, RewireError};
 
 use std::fs::File;
 use std::io;
@@ -41,6 +41,7 @@ use hull_machine::channel::{AsyncChannel, Channel, ChannelError, Listener, Socke
 use rustix::fs::Mode;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::configuration::Configuration;
 use crate::manifest::PodManifest;
 use crate::networks::{Attachment, NetworkError};
 use crate::state::{Directories, PodId, StateError, read_record};
@@ -91,7 +92,11 @@ fn io_error(doing: &'static str) -> impl FnOnce(io::Error) -> SupervisorError {
 ///
 /// # Errors
 /// When it can't begin. What happens to the pod after that is in its state.
-pub fn supervise(directories: &Directories, id: &PodId) -> Result<(), SupervisorError> {
+pub fn supervise(
+    directories: &Directories,
+    id: &PodId,
+    configuration: Configuration,
+) -> Result<(), SupervisorError> {
     let (channel, lock) = take_over()?;
     // Never closed: who finds the lock free finds no supervisor.
     let _ = OwnedFd::from(lock).into_raw_fd();
@@ -103,7 +108,7 @@ pub fn supervise(directories: &Directories, id: &PodId) -> Result<(), Supervisor
         .enable_all()
         .build()
         .map_err(io_error("starting tasks"))?;
-    let result = runtime.block_on(serve(directories, id, channel, host_mounts));
+    let result = runtime.block_on(serve(directories, id, configuration, channel, host_mounts));
     // A log that waits for its disk must not hold up the end.
     runtime.shutdown_background();
     result
@@ -135,6 +140,7 @@ fn take_over() -> Result<(Channel, File), SupervisorError> {
 async fn serve(
     directories: &Directories,
     id: &PodId,
+    configuration: Configuration,
     starter: Channel,
     host_mounts: OwnedFd,
 ) -> Result<(), SupervisorError> {
@@ -148,8 +154,9 @@ async fn serve(
     let service = Arc::new(Service {
         record: Arc::clone(&record),
         stop: stop.clone(),
-        limits: Limits::from_environment(),
+        limits: Limits::of(&configuration),
         agent: OnceLock::new(),
+        meter: OnceLock::new(),
         pause: Arc::new(Pause::new(Arc::clone(&record), stop.clone())),
         joins: OnceLock::new(),
     });
@@ -163,6 +170,7 @@ async fn serve(
 
     Pod {
         directories: directories.clone(),
+        configuration,
         host_mounts,
         manifest: Arc::new(manifest),
         record,

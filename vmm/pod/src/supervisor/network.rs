@@ -32,6 +32,14 @@ const LATE_MTU: u16 = u16::MAX;
 const BURSTS_PER_SECOND: u64 = 10;
 const MIN_BURST: u64 = 64 << 10;
 
+/// How packets get from a tap to the machine.
+#[derive(Debug, Clone, Copy)]
+pub struct Queues {
+    /// The machine's processors; for each there is a pair of queues.
+    pub vcpus: u8,
+    pub vhost: VhostNet,
+}
+
 /// What the pod has of the host's networks. The default: nothing.
 #[derive(Debug, Default)]
 pub struct HostNetwork {
@@ -62,7 +70,7 @@ struct Change {
 }
 
 impl HostNetwork {
-    /// Makes what was reserved for the pod, whose machine has so many processors. `mounts` is the mount namespace for
+    /// Makes what was reserved for the pod. `mounts` is the mount namespace for
     /// what outlives the pod.
     ///
     /// What is there of it after an error goes with [`crate::networks::release`], and with the process.
@@ -71,7 +79,7 @@ impl HostNetwork {
         dir: &PodDir,
         mounts: OwnedFd,
         limit: Duration,
-        vcpus: u8,
+        queues: Queues,
     ) -> Result<Self, PodFailure> {
         let Some(mut attachment) = Attachment::open(directories, dir)? else {
             return Ok(Self::default());
@@ -81,20 +89,24 @@ impl HostNetwork {
             return Ok(Self::default());
         }
         if let Some(path) = attachment.namespace() {
-            return Self::join(Namespace::open(path)?, facts, vcpus);
+            return Self::join(Namespace::open(path)?, facts, queues);
         }
         let netavark = Netavark::find(directories, limit)?.in_mounts(mounts);
         let namespace = Namespace::create()?;
         attachment.setup(&netavark, namespace.as_fd())?;
-        Self::wire(namespace, Some((attachment, netavark)), facts, vcpus)
+        Self::wire(namespace, Some((attachment, netavark)), facts, queues)
     }
 
     /// Takes somebody else's namespace, which may be wired further at any time.
     ///
     /// # Errors
     /// When its interfaces can't be given to a machine.
-    pub fn join(namespace: Namespace, facts: NetworkFacts, vcpus: u8) -> Result<Self, PodFailure> {
-        let mut network = Self::wire(namespace, None, facts, vcpus)?;
+    pub fn join(
+        namespace: Namespace,
+        facts: NetworkFacts,
+        queues: Queues,
+    ) -> Result<Self, PodFailure> {
+        let mut network = Self::wire(namespace, None, facts, queues)?;
         if let Some(wiring) = &network.wiring {
             network.facts.addresses = addresses(&wiring.observed);
         }
@@ -105,11 +117,11 @@ impl HostNetwork {
         namespace: Namespace,
         named: Option<(Attachment, Netavark)>,
         facts: NetworkFacts,
-        vcpus: u8,
+        queues: Queues,
     ) -> Result<Self, PodFailure> {
         let observed = network::observe(&namespace)?;
         let late = if named.is_some() { 0 } else { LATE };
-        let vhost = VhostNet::from_environment()?;
+        let Queues { vcpus, vhost } = queues;
         let plug = network::plug(&namespace, &observed, late, vcpus, vhost)?;
         let mut devices: Vec<_> = observed.interfaces.iter().map(|i| Some(i.index)).collect();
         devices.extend(std::iter::repeat_n(None, late));
@@ -129,6 +141,14 @@ impl HostNetwork {
     #[must_use]
     pub fn facts(&self) -> &NetworkFacts {
         &self.facts
+    }
+
+    /// Another descriptor of the namespace that the machine's taps are in, if there is one.
+    pub(super) fn namespace(&self) -> Result<Option<Namespace>, WiringError> {
+        let wiring = self.wiring.as_ref();
+        wiring
+            .map(|wiring| wiring.namespace.try_clone())
+            .transpose()
     }
 
     /// What the agent is to be told; None: nothing.

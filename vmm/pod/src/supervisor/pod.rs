@@ -15,14 +15,16 @@ use super::guest::{Boot, Guest};
 use super::installation::Installation;
 use super::join::Joins;
 use super::limits::Limits;
-use super::network::{HostNetwork, PodNetwork};
+use super::network::{HostNetwork, PodNetwork, Queues};
 use super::record::Record;
 use super::server::Service;
 use super::stop::Stop;
 use crate::agent::Agent;
+use crate::configuration::Configuration;
 use crate::events::EventType;
 use crate::images::Store;
 use crate::manifest::PodManifest;
+use crate::network::VhostNet;
 use crate::oci;
 use crate::state::{ContainerState, Directories, Phase, PodStatus, Terminated, remove_tree};
 use crate::text::chain;
@@ -47,6 +49,7 @@ pub(crate) struct PodContext {
 #[derive(Debug)]
 pub(super) struct Pod {
     pub directories: Directories,
+    pub configuration: Configuration,
     /// The mount namespace that the supervisor came from.
     pub host_mounts: OwnedFd,
     pub manifest: Arc<PodManifest>,
@@ -100,7 +103,7 @@ impl Pod {
             "Preparing",
             "setting up network, volumes and root file systems",
         );
-        let installation = Installation::find()?;
+        let installation = Installation::find(&self.configuration)?;
         let network = Arc::new(Mutex::new(self.network().await?));
         let result = self.live_with(&installation, &network, console).await;
         let mut network = network.lock_owned().await;
@@ -145,7 +148,7 @@ impl Pod {
             disk_slots: 0,
             installation,
             limits: self.service.limits,
-            size: oci::machine_size(&self.manifest),
+            size: oci::machine_size(&self.manifest, self.configuration.sizing),
             console: pipe,
             share: &ground.share,
             bandwidth: self.manifest.bandwidth(),
@@ -166,6 +169,8 @@ impl Pod {
         self.record
             .event(EventType::Normal, "InfraStarted", None, "started infra");
         guest.configure_network(&infra, &network).await?;
+        // As the next.
+        let _ = self.service.meter.set(Arc::new(guest.meter(&network)?));
         // It can be set but once, and this runs but once.
         let _ = self.service.agent.set(guest.agent().clone());
         self.service
@@ -179,7 +184,10 @@ impl Pod {
         let directories = self.directories.clone();
         let dir = self.record.dir().clone();
         let limit = self.service.limits.call;
-        let vcpus = oci::machine_size(&self.manifest).vcpus;
+        let queues = Queues {
+            vcpus: oci::machine_size(&self.manifest, self.configuration.sizing).vcpus,
+            vhost: VhostNet::of(&self.configuration)?,
+        };
         let mounts = self
             .host_mounts
             .try_clone()
@@ -188,7 +196,7 @@ impl Pod {
                 source,
             })?;
         let network = tokio::task::spawn_blocking(move || {
-            HostNetwork::set_up(&directories, &dir, mounts, limit, vcpus)
+            HostNetwork::set_up(&directories, &dir, mounts, limit, queues)
         })
         .await??;
         self.record

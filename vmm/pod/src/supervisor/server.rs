@@ -15,6 +15,8 @@ use super::pause::{Pause, PauseError};
 use super::record::Record;
 use super::stop::Stop;
 use crate::agent::{Agent, AgentError, Process};
+use crate::metrics::{Identity, Manager, Meter, PodMetrics};
+use crate::state::PodStatus;
 use crate::text::chain;
 
 /// Clients at a time. More wait to be accepted.
@@ -30,6 +32,8 @@ pub struct Service {
     pub limits: Limits,
     /// There once the guest is up.
     pub agent: OnceLock<Agent>,
+    /// As the agent.
+    pub meter: OnceLock<Arc<Meter>>,
     pub pause: Arc<Pause>,
     /// There once infra lives.
     pub joins: OnceLock<Joins>,
@@ -95,6 +99,7 @@ impl Service {
                 }
                 Request::Pause => done(self.pause.pause().await),
                 Request::Resume => done(self.pause.resume().await),
+                Request::Metrics => self.measure().await,
                 // None of these would come to an end.
                 Request::Kill { .. }
                 | Request::Exec(_)
@@ -130,6 +135,35 @@ impl Service {
                 },
             };
             channel.send(&reply, &[]).await?;
+        }
+    }
+
+    async fn measure(&self) -> Reply {
+        // The number of a machine's process that has ended is soon another's.
+        let lives = self.record.read(|status| status.vmm_pid.is_some());
+        let meter = self.meter.get().filter(|_| lives).cloned();
+        let record = Arc::clone(&self.record);
+        let measured = tokio::task::spawn_blocking(move || {
+            let identity = record.read(|status| Identity {
+                manager: Manager::Hull,
+                namespace: String::new(),
+                name: status.name.clone(),
+                id: status.id.to_string(),
+            });
+            let mut metrics = PodMetrics::measure(identity, meter.as_deref());
+            let restarts = |status: &PodStatus| {
+                let counts = status.all_containers().map(|c| u64::from(c.restart_count));
+                counts.sum()
+            };
+            metrics.restarts = record.read(restarts);
+            metrics
+        });
+        match measured.await {
+            Ok(metrics) => Reply::Metrics(Box::new(metrics)),
+            Err(error) => Reply::Refused {
+                kind: Refusal::Failed,
+                message: chain(&error),
+            },
         }
     }
 
@@ -219,6 +253,7 @@ pub(super) fn refusal(error: &AgentError) -> Reply {
 mod tests {
     use super::*;
     use crate::client::{Client, ClientError};
+    use crate::configuration::Configuration;
     use crate::state::{Claim, ContainerStatus, Directories, Phase, Registry};
     use crate::supervisor::api::{Exec, Join};
 
@@ -238,8 +273,9 @@ mod tests {
             pause: Arc::new(Pause::new(Arc::clone(&record), stop.clone())),
             record,
             stop,
-            limits: Limits::from_environment(),
+            limits: Limits::of(&Configuration::default()),
             agent: OnceLock::new(),
+            meter: OnceLock::new(),
             joins: OnceLock::new(),
         });
         tokio::spawn(Arc::clone(&service).listen(listener));

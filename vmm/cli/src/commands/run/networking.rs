@@ -2,10 +2,10 @@
 
 use hull_pod::manifest::PodManifest;
 use hull_pod::networks::{Asked, Choice, DEFAULT_NETWORK, Netavark, Networks, Publication};
-use hull_pod::state::{Claim, Directories};
-use hull_pod::supervisor::Limits;
+use hull_pod::state::Claim;
 use rustix::fs::statfs;
 
+use crate::Host;
 use crate::failure::Failure;
 
 /// `f_type` of a namespace's file (statfs(2)).
@@ -33,7 +33,7 @@ impl Networking {
     pub fn check(
         args: &NetworkArgs,
         manifests: &[PodManifest],
-        directories: &Directories,
+        host: &Host,
     ) -> Result<Self, Failure> {
         let networking = Self {
             choice: Choice::parse(&args.networks).map_err(Failure::Input)?,
@@ -71,12 +71,12 @@ impl Networking {
                 }
             }
             Choice::Named(names) => {
-                let known = Networks::open(directories)?;
+                let known = Networks::open(&host.directories)?;
                 // The default one is made at its first use.
                 for name in names.iter().filter(|name| *name != DEFAULT_NETWORK) {
                     known.find(name)?;
                 }
-                Netavark::find(directories, Limits::from_environment().call)?;
+                Netavark::find(&host.directories, host.limits().call)?;
             }
         }
         Ok(networking)
@@ -107,6 +107,7 @@ impl Networking {
 mod tests {
     use super::*;
     use hull_pod::manifest;
+    use hull_pod::state::Directories;
 
     fn check(networks: &[&str], publish: &[&str], manifest: &str) -> String {
         let args = NetworkArgs {
@@ -114,8 +115,11 @@ mod tests {
             publish: publish.iter().map(|p| p.parse().unwrap()).collect(),
         };
         let manifests = manifest::parse("p.yaml", manifest).unwrap();
-        let directories = Directories::new("/nonexistent/run", "/nonexistent/data");
-        match Networking::check(&args, &manifests, &directories) {
+        let host = Host {
+            directories: Directories::new("/nonexistent/run", "/nonexistent/data"),
+            configuration: None,
+        };
+        match Networking::check(&args, &manifests, &host) {
             Err(Failure::Input(message)) => message,
             other => panic!("{other:?}"),
         }
