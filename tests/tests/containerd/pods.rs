@@ -419,7 +419,7 @@ fn without_kvm(directory: &Path) {
     let mut places = std::env::split_paths(&path);
     let shim = places.find(|place| place.join(NAME).exists()).unwrap();
     let script = format!(
-        "#!/bin/sh\nexec unshare --mount sh -c 'mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && \
+        "#!/bin/sh\nexec unshare --mount sh -c 'mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mkdir /dev/net && mknod /dev/net/tun c 10 200 && \
          exec \"$@\"' sh {} \"$@\"\n",
         shim.join(NAME).display()
     );
