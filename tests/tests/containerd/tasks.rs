@@ -21,6 +21,14 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
+/// `ctr` without the program around it that bounds its time, which could not be killed with it.
+fn unbounded(containerd: &Containerd, arguments: &[&str]) -> Command {
+    let bounded = containerd.ctr_command(arguments);
+    let mut command = Command::new("ctr");
+    command.args(bounded.get_args().skip_while(|word| *word != "ctr").skip(1));
+    command
+}
+
 /// What containerd publishes, from now on.
 struct Events {
     program: Child,
@@ -30,8 +38,7 @@ struct Events {
 impl Events {
     fn watch(containerd: &Containerd) -> Self {
         let file = containerd.work_dir().join("events");
-        let program = containerd
-            .ctr_command(&["events"])
+        let program = unbounded(containerd, &["events"])
             .stdout(fs::File::create(&file).unwrap())
             .spawn()
             .unwrap();
@@ -152,6 +159,7 @@ fn a_container_runs_as_it_is_told_and_nothing_stays() {
         events.topics("t2"),
         ["create", "start", "oom", "exit", "delete"]
     );
+    drop(events);
 
     let missing = containerd.run(&["--rm"], "t3", &["/no/such/program"]);
     assert!(!missing.status.success());
@@ -231,6 +239,7 @@ fn a_task_is_watched_and_told() {
     (0..4).for_each(|_| expected.extend(one));
     expected.extend(["exit", "delete"]);
     assert_eq!(topics, expected);
+    drop(events);
     containerd.nothing_left();
 }
 
@@ -264,10 +273,7 @@ fn who_attaches_finds_the_container_as_it_is() {
     );
 
     for word in ["one", "two"] {
-        // Without the program around it that bounds its time: it would outlive that one.
-        let bounded = containerd.ctr_command(&["task", "attach", "t1"]);
-        let mut attached = Command::new("ctr")
-            .args(bounded.get_args().skip_while(|word| *word != "ctr").skip(1))
+        let mut attached = unbounded(&containerd, &["task", "attach", "t1"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
