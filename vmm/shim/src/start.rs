@@ -89,23 +89,26 @@ pub fn start(arguments: &Arguments) -> Result<Vec<u8>, StartError> {
     let owner = bundle.owner(&arguments.id);
     let socket = socket(arguments, &protocol, owner);
     let alive = UnixStream::connect(&socket).is_ok();
+    let address = format!("unix://{}", socket.display());
+    let tell = || write_whole(&directory.join("address"), &address);
     match &bundle.place {
         Place::Member { sandbox } if !alive => {
             return Err(StartError::NoSandbox(sandbox.clone()));
         }
-        Place::Member { .. } => {}
-        Place::Sandbox | Place::Alone if alive => {}
+        Place::Member { .. } => tell()?,
+        Place::Sandbox | Place::Alone if alive => tell()?,
         Place::Sandbox | Place::Alone => {
             let listener = listen(&socket)?;
-            if let Err(error) = serve(arguments, &protocol, configuration.as_deref(), listener) {
+            // The address first: a shim is not left running because of it.
+            let begun = tell()
+                .and_then(|()| serve(arguments, &protocol, configuration.as_deref(), listener));
+            if let Err(error) = begun {
                 // Nobody listens there any more.
                 let _ = std::fs::remove_file(&socket);
                 return Err(error);
             }
         }
     }
-    let address = format!("unix://{}", socket.display());
-    write_whole(&directory.join("address"), &address)?;
     answer(&address, &protocol)
 }
 
