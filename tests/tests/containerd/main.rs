@@ -6,6 +6,7 @@
     reason = "a test reports by panicking"
 )]
 
+mod amounts;
 mod leaks;
 mod monitor;
 mod options;
