@@ -39,7 +39,7 @@ pub struct Task {
     /// As the agent knows it. None: it stands for infra.
     name: Option<String>,
     /// Of its first process.
-    user: Option<User>,
+    user: User,
     first: Arc<Managed>,
     hooks: Hooks,
     execs: Mutex<HashMap<String, (String, Arc<Managed>)>>,
@@ -196,7 +196,9 @@ impl Tasks {
             id: new.id.clone(),
             bundle: new.bundle.clone(),
             name,
-            user: process.map(|process| process.user().clone()),
+            user: process
+                .map(|process| process.user().clone())
+                .unwrap_or_default(),
             first: Arc::new(Managed::new(new.places.clone(), None, streams)),
             hooks: Hooks::of(&bundle.spec, &new.id, new.bundle.clone()),
             execs: Mutex::default(),
@@ -305,8 +307,7 @@ impl Tasks {
             env: process.env().clone().unwrap_or_default(),
             cwd: Some(process.cwd().display().to_string()).filter(|cwd| !cwd.is_empty()),
             // The container's own has further groups, too.
-            user: (task.user.as_ref() != Some(user))
-                .then(|| format!("{}:{}", user.uid(), user.gid())),
+            user: (*user != task.user).then(|| format!("{}:{}", user.uid(), user.gid())),
             stdin: !places.stdin.is_empty(),
             tty: places.terminal.then(|| size(process)),
         };
