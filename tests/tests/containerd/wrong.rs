@@ -88,11 +88,17 @@ fn status(containerd: &Containerd, id: &str) -> Option<String> {
     line.split_whitespace().last().map(str::to_owned)
 }
 
-/// Deletes a task that has ended, and its container. Returns the task's status.
-fn delete(containerd: &Containerd, id: &str) -> Option<i32> {
+/// Deletes a task that has ended, and its container. Returns the task's status, which `ctr` warns of.
+fn delete(containerd: &Containerd, id: &str) -> i32 {
     let deleted = containerd.ctr(&["task", "rm", id]);
+    assert_success(&deleted, "ctr task rm");
     let _ = containerd.ok(&["container", "rm", id]);
-    deleted.status.code()
+    let said = String::from_utf8_lossy(&deleted.stderr).into_owned();
+    let Some((_, status)) = said.split_once("non-zero exit code ") else {
+        return 0;
+    };
+    let digits = status.split(|c: char| !c.is_ascii_digit()).next();
+    digits.unwrap().parse().unwrap()
 }
 
 fn kill(containerd: &Containerd, id: &str) {
@@ -155,12 +161,12 @@ fn a_containerd_that_is_killed_finds_its_pods_again() {
     eventually("the end that nobody saw is known", LONG, || {
         (status(&containerd, "ends").as_deref() == Some("STOPPED")).then_some(())
     });
-    assert_eq!(delete(&containerd, "ends"), Some(5));
+    assert_eq!(delete(&containerd, "ends"), 5);
     let events = Events::of(&containerd);
     kill(&containerd, "stays");
     assert!(events.exit_of("stays", LONG).contains(":137"));
     drop(events);
-    assert_eq!(delete(&containerd, "stays"), Some(137));
+    assert_eq!(delete(&containerd, "stays"), 137);
     containerd.nothing_left();
 }
 
@@ -239,7 +245,7 @@ fn a_machine_that_is_killed_ends_all_that_was_in_it() {
         println!("{id}: {:?}", begun.elapsed());
     }
     for id in ["one", "two", "pod"] {
-        assert_eq!(delete(&containerd, id), Some(137), "{id}");
+        assert_eq!(delete(&containerd, id), 137, "{id}");
     }
     eventually("no shim stays", SOON, || {
         (!host::is_alive(shim)).then_some(())
@@ -259,7 +265,7 @@ fn a_guest_kernel_that_panics_ends_its_pod() {
     assert!(!torn.status.success());
     assert!(events.exit_of("one", LONG).contains(":137"));
     drop(events);
-    assert_eq!(delete(&containerd, "one"), Some(137));
+    assert_eq!(delete(&containerd, "one"), 137);
     containerd.nothing_left();
     let log = std::fs::read_to_string(containerd.log()).unwrap();
     assert!(log.contains("the guest kernel panicked"));
@@ -299,7 +305,7 @@ fn nothing_that_hangs_holds_up_a_kill() {
     let _ = stalled.kill();
     stalled.wait().unwrap();
     let _ = containerd.ctr(&["task", "rm", "--exec-id", "stalled", "one"]);
-    assert_eq!(delete(&containerd, "one"), Some(137));
+    assert_eq!(delete(&containerd, "one"), 137);
     containerd.nothing_left();
 }
 
@@ -325,7 +331,7 @@ fn a_container_whose_reader_is_gone_can_be_killed() {
     kill(&containerd, "one");
     assert!(events.exit_of("one", LONG).contains(":137"));
     drop(events);
-    assert_eq!(delete(&containerd, "one"), Some(137));
+    assert_eq!(delete(&containerd, "one"), 137);
     containerd.nothing_left();
 }
 

@@ -271,10 +271,13 @@ impl Task for TaskService {
         _: &TtrpcContext,
         request: ConnectRequest,
     ) -> ttrpc::Result<ConnectResponse> {
-        let known = self.tasks.look(&request.id, "").is_ok();
+        // A containerd that was killed before it could ask for the container takes yes for an answer, and would keep a
+        // shim of which nobody knows.
+        self.tasks.creations().await;
+        self.tasks.look(&request.id, "")?;
         Ok(ConnectResponse {
             shim_pid: pid(),
-            task_pid: if known { pid() } else { 0 },
+            task_pid: pid(),
             ..Default::default()
         })
     }

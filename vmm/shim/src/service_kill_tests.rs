@@ -145,3 +145,15 @@ async fn of_two_starts_one_is_the_first() {
     assert_eq!(code(refused), Code::FAILED_PRECONDITION);
     assert_eq!(shim.topics(2).await, ["/tasks/create", "/tasks/start"]);
 }
+
+#[tokio::test]
+async fn a_shim_without_the_container_is_not_taken_for_its_shim() {
+    let shim = Shim::new().await;
+
+    let connected = shim
+        .client
+        .connect(within(), &ConnectRequest::default())
+        .await;
+
+    assert_eq!(code(connected), Code::NOT_FOUND);
+}

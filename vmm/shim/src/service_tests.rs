@@ -440,6 +440,7 @@ async fn nobody_hears_of_an_end_before_the_last_byte_is_out() {
 #[tokio::test]
 async fn both_versions_of_the_api_answer() {
     let shim = Shim::new().await;
+    shim.create("web", "").await.unwrap();
     let connect = ConnectRequest {
         id: "web".into(),
         ..Default::default()

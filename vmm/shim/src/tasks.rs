@@ -175,6 +175,11 @@ impl Tasks {
         Ok(())
     }
 
+    /// Waits until what is being made is.
+    pub async fn creations(&self) {
+        drop(self.creating.lock().await);
+    }
+
     async fn make(&self, new: &New, bundle: &Bundle) -> Result<Task, TaskError> {
         let (name, streams) = if bundle.place == Place::Sandbox {
             (None, None)

@@ -17,7 +17,7 @@ use super::limits::Limits;
 use super::machine::{SHARE_TAG, spec};
 use super::network::{HostNetwork, PodNetwork};
 use crate::agent::network::Plan;
-use crate::agent::{Agent, GuestInfo, Process};
+use crate::agent::{Agent, AgentError, GuestInfo, Process};
 use crate::manifest::Bandwidth;
 use crate::metrics::Meter;
 use crate::oci::{InfraSpec, MachineSize};
@@ -210,6 +210,8 @@ impl Guest {
             _ = self.alive.readable() => self.machine_end().await,
             ended = self.agent.wait(Process::Infra) => match ended {
                 Ok(status) => PodFailure::InfraEnded(status),
+                // Mostly with its machine, which says why.
+                Err(AgentError::Lost) => self.machine_end().await,
                 Err(error) => error.into(),
             },
         }
