@@ -6,9 +6,10 @@ use std::time::{Duration, UNIX_EPOCH};
 use async_trait::async_trait;
 use hull_protocol::agent::{
     ConfigureNetworkRequest, CreateContainerRequest, CreateContainerResponse, Empty, ExecRequest,
-    ExecResponse, ForwardRequest, HelloRequest, HelloResponse, ProcessesRequest, ProcessesResponse,
-    RemoveContainerRequest, RemoveExecRequest, ResizeRequest, SignalRequest, StartContainerRequest,
-    StartInfraRequest, StartInfraResponse, WaitRequest, WaitResponse,
+    ExecResponse, ForwardRequest, FreezeRequest, HelloRequest, HelloResponse, ProcessesRequest,
+    ProcessesResponse, RemoveContainerRequest, RemoveExecRequest, ResizeRequest, SignalRequest,
+    StartContainerRequest, StartInfraRequest, StartInfraResponse, StatsRequest, StatsResponse,
+    ThawRequest, UpdateRequest, WaitOomRequest, WaitOomResponse, WaitRequest, WaitResponse,
 };
 use hull_protocol::agent_ttrpc::Agent;
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
@@ -209,6 +210,43 @@ impl Agent for Service {
     ) -> ttrpc::Result<ProcessesResponse> {
         Ok(ProcessesResponse {
             pids: self.pod.processes(&request.container_id)?,
+            ..Default::default()
+        })
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        Ok(self.pod.stats(&request.container_id)?)
+    }
+
+    async fn freeze(&self, _: &TtrpcContext, request: FreezeRequest) -> ttrpc::Result<Empty> {
+        let pod = Arc::clone(&self.pod);
+        finish(async move { pod.freeze(&request.container_id).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn thaw(&self, _: &TtrpcContext, request: ThawRequest) -> ttrpc::Result<Empty> {
+        let pod = Arc::clone(&self.pod);
+        finish(async move { pod.thaw(&request.container_id).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateRequest) -> ttrpc::Result<Empty> {
+        let pod = Arc::clone(&self.pod);
+        finish(async move { pod.update(&request.container_id, &request.resources).await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn wait_oom(
+        &self,
+        _: &TtrpcContext,
+        request: WaitOomRequest,
+    ) -> ttrpc::Result<WaitOomResponse> {
+        let kills = self
+            .pod
+            .wait_oom(&request.container_id, request.kills)
+            .await?;
+        Ok(WaitOomResponse {
+            kills,
             ..Default::default()
         })
     }

@@ -433,9 +433,12 @@ impl Drop for Containerd {
     fn drop(&mut self) {
         if std::thread::panicking() {
             let log = fs::read_to_string(self.log()).unwrap_or_default();
-            let skipped = log.lines().count().saturating_sub(100);
+            let lines: Vec<_> = log
+                .lines()
+                .filter(|line| !line.contains(" plugin "))
+                .collect();
             let mut tail = String::new();
-            for line in log.lines().skip(skipped) {
+            for line in &lines[lines.len().saturating_sub(100)..] {
                 let _ = writeln!(tail, "{line}");
             }
             let _ = write!(std::io::stderr(), "containerd's log:\n{tail}");

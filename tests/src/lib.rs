@@ -11,6 +11,8 @@
 )]
 
 pub mod containerd;
+pub mod cri;
+pub mod cri_stream;
 pub mod host;
 pub mod hull;
 pub mod network;

@@ -1,12 +1,14 @@
 //! The guest's cgroup tree: the agent, infra, and a group for each container.
 
 use std::fs;
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read, Seek};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 use crate::error::{Doing, Error, Result};
 use crate::process::send_signal;
@@ -21,6 +23,9 @@ const MAX_PIDS: usize = 4096;
 const MAX_DEPTH: usize = 8;
 /// How long killed processes may take to be gone.
 const REMOVAL: Duration = Duration::from_secs(10);
+/// How long processes may take to stand still: those that wait for a file system do not.
+const FREEZING: Duration = Duration::from_secs(10);
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// Makes the agent's, infra's and the containers' groups, and moves this process.
 pub fn set_up() -> Result<()> {
@@ -31,6 +36,11 @@ pub fn set_up() -> Result<()> {
     write(&mount.join("hull-agent/cgroup.procs"), "0")?;
     enable_controllers(mount)?;
     enable_controllers(&mount.join(CONTAINERS))
+}
+
+/// The parent of the containers' groups, with what they use together.
+pub fn all_containers() -> PathBuf {
+    Path::new(MOUNT).join(CONTAINERS)
 }
 
 /// The file that moves a process into infra's group.
@@ -78,6 +88,10 @@ impl Cgroup {
         Ok(Self { path, name })
     }
 
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The group's directory, for what is attached to it.
     pub fn open(&self) -> Result<OwnedFd> {
         let directory =
@@ -94,10 +108,67 @@ impl Cgroup {
         }
     }
 
+    /// Waits until every process stands still. Those that do go on when one doesn't in time.
+    pub async fn freeze(&self) -> Result<()> {
+        write(&self.path.join("cgroup.freeze"), "1")?;
+        let frozen = async {
+            let path = self.path.join("cgroup.events");
+            loop {
+                let events =
+                    fs::read_to_string(&path).doing(|| format!("reading {}", path.display()))?;
+                if events.lines().any(|line| line == "frozen 1") {
+                    return Ok(());
+                }
+                tokio::time::sleep(PAUSE).await;
+            }
+        };
+        let frozen = tokio::time::timeout(FREEZING, frozen)
+            .await
+            .unwrap_or_else(|_| {
+                Err(Error::State(format!(
+                    "processes of {} do not stand still",
+                    self.name.display()
+                )))
+            });
+        if frozen.is_err() {
+            self.thaw()?;
+        }
+        frozen
+    }
+
+    /// Lets processes go on that [`Self::freeze`] has stopped.
+    pub fn thaw(&self) -> Result<()> {
+        write(&self.path.join("cgroup.freeze"), "0")
+    }
+
     /// How often the kernel killed a process here for the memory limit.
     pub fn oom_kills(&self) -> u64 {
         let events = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
         oom_kills(&events)
+    }
+
+    /// Waits until [`Self::oom_kills`] is more than `kills`.
+    pub async fn more_oom_kills(&self, kills: u64) -> Result<u64> {
+        let path = self.path.join("memory.events");
+        let doing = || format!("watching {}", path.display());
+        let file = fs::File::open(&path).doing(doing)?;
+        // SAFETY: the file keeps its descriptor as long as it lives, and is never taken out.
+        let mut events =
+            unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }.doing(doing)?;
+        loop {
+            // The kernel tells of what changes after it was read.
+            let mut text = String::new();
+            let file = events.get_mut();
+            file.rewind()
+                .and_then(|()| file.read_to_string(&mut text))
+                .doing(doing)?;
+            let now = oom_kills(&text);
+            if now > kills {
+                return Ok(now);
+            }
+            let ready = events.ready(Interest::PRIORITY).await;
+            ready.doing(doing)?.clear_ready();
+        }
     }
 
     /// The numbers of all processes, bounded.
@@ -145,7 +216,7 @@ impl Cgroup {
                 match remove_tree(&self.path, 0) {
                     // Killed processes take a moment to be gone.
                     Err(error) if error.kind() == ErrorKind::ResourceBusy => {
-                        tokio::time::sleep(Duration::from_millis(5)).await;
+                        tokio::time::sleep(PAUSE).await;
                     }
                     other => return other,
                 }

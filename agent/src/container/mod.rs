@@ -4,7 +4,9 @@ pub mod cgroup;
 pub mod devices;
 pub mod disk;
 pub mod mounts;
+pub mod resources;
 pub mod spec;
+pub mod stats;
 pub mod user;
 
 use std::collections::HashMap;
@@ -14,9 +16,11 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use oci_spec::runtime::Spec;
-use tokio::sync::watch;
+use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, watch};
+use tokio::time::timeout;
 
 use self::cgroup::Cgroup;
 use crate::error::{Doing, Error, Result};
@@ -25,6 +29,9 @@ use crate::stdio::{Size, Terminal};
 
 /// Most execs of a container that have not been removed.
 const MAX_EXECS: usize = 256;
+
+/// How long execs that are being made may hold up a freeze or thaw.
+const STILLNESS: Duration = Duration::from_secs(10);
 
 /// How a container's or exec's process ended.
 #[derive(Clone, Copy, Debug)]
@@ -168,6 +175,9 @@ pub struct Container {
     pub root: Root,
     started: Mutex<bool>,
     execs: Mutex<HashMap<String, Slot<Running>>>,
+    /// Whether its processes are made to stand still. Read while an exec is made: one that is not whole yet would
+    /// never be.
+    frozen: RwLock<bool>,
 }
 
 impl Container {
@@ -186,6 +196,7 @@ impl Container {
             root,
             started: Mutex::new(false),
             execs: Mutex::default(),
+            frozen: RwLock::new(false),
         }
     }
 
@@ -206,6 +217,43 @@ impl Container {
 
     pub fn is_started(&self) -> bool {
         *self.started.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps the container from being frozen until what is returned is dropped.
+    pub fn moving(&self) -> Result<RwLockReadGuard<'_, bool>> {
+        // Who freezes it may hold the lock.
+        match self.frozen.try_read() {
+            Ok(frozen) if !*frozen => Ok(frozen),
+            _ => Err(Error::State("the container is paused".into())),
+        }
+    }
+
+    /// Lets all processes stand still.
+    pub async fn freeze(&self) -> Result<()> {
+        let mut frozen = self.frozen().await?;
+        if self.first.has_ended() {
+            return Err(Error::State("the container has ended".into()));
+        }
+        if !*frozen {
+            self.cgroup.freeze().await?;
+            *frozen = true;
+        }
+        Ok(())
+    }
+
+    /// Lets them go on.
+    pub async fn thaw(&self) -> Result<()> {
+        let mut frozen = self.frozen().await?;
+        self.cgroup.thaw()?;
+        *frozen = false;
+        Ok(())
+    }
+
+    /// Held while this changes.
+    async fn frozen(&self) -> Result<RwLockWriteGuard<'_, bool>> {
+        timeout(STILLNESS, self.frozen.write())
+            .await
+            .map_err(|_| Error::State("a process of the container is being started".into()))
     }
 
     pub fn execs(&self) -> MutexGuard<'_, HashMap<String, Slot<Running>>> {

@@ -9,6 +9,7 @@ use oci_spec::runtime::{
     Mount, MountBuilder, Process, RootBuilder, Spec, SpecBuilder, UserBuilder,
 };
 
+use super::resources;
 use super::user::User;
 use crate::error::{Error, Result};
 
@@ -42,7 +43,8 @@ pub struct Guest<'a> {
     pub root: PathBuf,
     pub cgroup: &'a Path,
     pub infra_pid: i32,
-    pub share_pids: bool,
+    /// A process whose PID namespace the container gets. None: one of its own.
+    pub pids_of: Option<i32>,
     pub user: &'a User,
     pub terminal: bool,
     pub mounts: Vec<Mount>,
@@ -223,7 +225,8 @@ fn linux(given: Option<&Linux>, guest: &Guest<'_>) -> Result<Linux> {
         .cgroups_path(guest.cgroup)
         .build()
         .map_err(invalid)?;
-    linux.set_resources(given.and_then(|given| given.resources().clone()));
+    let resources = given.and_then(|given| given.resources().clone());
+    linux.set_resources(resources.map(resources::checked).transpose()?);
     linux.set_seccomp(given.and_then(|given| given.seccomp().clone()));
     linux.set_masked_paths(given.and_then(|given| given.masked_paths().clone()));
     linux.set_readonly_paths(given.and_then(|given| given.readonly_paths().clone()));
@@ -233,13 +236,14 @@ fn linux(given: Option<&Linux>, guest: &Guest<'_>) -> Result<Linux> {
 
 fn namespaces(guest: &Guest<'_>) -> Result<Vec<LinuxNamespace>> {
     use LinuxNamespaceType::{Cgroup, Ipc, Mount, Network, Pid, Uts};
-    let infra = |kind, name: &str| {
+    let of = |pid: i32, kind, name: &str| {
         LinuxNamespaceBuilder::default()
             .typ(kind)
-            .path(format!("/proc/{}/ns/{name}", guest.infra_pid))
+            .path(format!("/proc/{pid}/ns/{name}"))
             .build()
             .map_err(invalid)
     };
+    let infra = |kind, name: &str| of(guest.infra_pid, kind, name);
     let new = |kind| {
         LinuxNamespaceBuilder::default()
             .typ(kind)
@@ -250,10 +254,9 @@ fn namespaces(guest: &Guest<'_>) -> Result<Vec<LinuxNamespace>> {
         infra(Network, "net")?,
         infra(Ipc, "ipc")?,
         infra(Uts, "uts")?,
-        if guest.share_pids {
-            infra(Pid, "pid")?
-        } else {
-            new(Pid)?
+        match guest.pids_of {
+            Some(pid) => of(pid, Pid, "pid")?,
+            None => new(Pid)?,
         },
         new(Mount)?,
         new(Cgroup)?,
@@ -294,7 +297,7 @@ mod tests {
                 root: "/run/r".into(),
                 cgroup: Path::new("/containers/c"),
                 infra_pid: 7,
-                share_pids: false,
+                pids_of: None,
                 user: &user(),
                 terminal: true,
                 mounts: Vec::new(),

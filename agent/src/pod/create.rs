@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use hull_protocol::agent::CreateContainerRequest;
+use hull_protocol::agent::{CreateContainerRequest, PidNamespace};
 use oci_spec::runtime::Spec;
 
 use super::attach::Attached;
@@ -114,6 +114,34 @@ impl Pod {
         }
     }
 
+    /// A process whose PID namespace the container is to have. None: it gets one of its own.
+    fn pids_of(&self, request: &CreateContainerRequest) -> Result<Option<i32>> {
+        let infra = self.infra()?;
+        let wanted = request
+            .pid_namespace
+            .enum_value()
+            .map_err(|number| Error::Invalid(format!("{number} is no PID namespace")))?;
+        let process = match wanted {
+            PidNamespace::DEFAULT if infra.share_pids => infra.process.clone(),
+            PidNamespace::DEFAULT | PidNamespace::OWN => return Ok(None),
+            PidNamespace::INFRA if infra.share_pids => infra.process.clone(),
+            PidNamespace::INFRA => {
+                return Err(Error::State("infra holds no PID namespace".into()));
+            }
+            PidNamespace::CONTAINER => {
+                let target = self.container(&request.pid_target)?;
+                if target.first.has_ended() {
+                    return Err(Error::State(format!(
+                        "container {:?}, whose processes are to be seen, has ended",
+                        request.pid_target
+                    )));
+                }
+                target.first.process.clone()
+            }
+        };
+        Ok(Some(process.pid.as_raw_nonzero().get()))
+    }
+
     /// Everything on disk and in the cgroup that the container needs.
     fn prepare(
         &self,
@@ -170,7 +198,7 @@ impl Pod {
                 root: places.bundle.join("rootfs"),
                 cgroup: &cgroup.name,
                 infra_pid: infra.process.pid.as_raw_nonzero().get(),
-                share_pids: infra.share_pids,
+                pids_of: self.pids_of(request)?,
                 user: &user,
                 terminal: request.streams.tty,
                 mounts: wanted,

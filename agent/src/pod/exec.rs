@@ -34,6 +34,7 @@ impl Pod {
         if !container.is_started() || container.first.has_ended() {
             return Err(Error::State("the container is not running".into()));
         }
+        let _moving = container.moving()?;
         container.reserve_exec(&request.exec_id)?;
         let made = self.make_exec(&container, &request).await;
         let mut execs = container.execs();

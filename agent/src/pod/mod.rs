@@ -4,6 +4,7 @@
 //! that hangs (a file system that does not answer, say) holds up no other. Only calls that
 //! change the network wait for each other.
 
+mod amounts;
 mod attach;
 mod create;
 mod exec;

@@ -5,6 +5,7 @@
 //! -p hull-agent --test guest` on such a machine. This program is the helper, too: the
 //! agent starts itself from /proc/self/exe.
 
+mod amounts;
 mod containers;
 mod execs;
 mod network;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         let mut failed = 0;
         // The last test ends the pod.
         let mut tests = containers::tests();
+        tests.extend(amounts::tests());
         tests.extend(execs::tests());
         tests.extend(network::tests());
         tests.extend(pod::tests());

@@ -11,9 +11,10 @@
 
 use std::fs;
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use hull_tests::containerd::{Containerd, HULL};
+use hull_tests::cri::{Cri, CriPod, container, log_lines};
 use hull_tests::host;
 use hull_tests::hull::assert_success;
 use hull_tests::series::{Series, print, until_printed};
@@ -22,6 +23,7 @@ const RUNC: &str = "io.containerd.runc.v2";
 const IMAGE: &str = "docker.io/library/busybox:latest";
 const RUNTIMES: [(&str, &str); 2] = [("runc", RUNC), ("Hull", HULL)];
 const ROUNDS: usize = 5;
+const PATIENCE: Duration = Duration::from_secs(300);
 /// Of what takes minutes.
 const LONG_ROUNDS: usize = 1;
 
@@ -54,6 +56,35 @@ fn first_output(containerd: &Containerd) {
         }
     }
     print("`ctr run` to the container's first output", "s", &all);
+}
+
+/// As a kubelet does it: a sandbox, its network by CNI, a container, and the first line in its log.
+fn pod_to_log(containerd: &Containerd) {
+    let cri = Cri::new(containerd);
+    let mut all = series("RunPodSandbox to a log's first line");
+    for round in 0..=ROUNDS {
+        for (one, (name, _)) in all.iter_mut().zip(RUNTIMES) {
+            let handler = name.to_lowercase();
+            let config = cri.pod_config(&format!("{handler}-{round}"));
+            let start = Instant::now();
+            let pod = CriPod::run_with(&cri, &handler, config);
+            let _ = pod.started(container("main", "echo hello; exec sleep 100000"));
+            while log_lines(&pod.log_path("main.log")).is_empty() {
+                assert!(start.elapsed() < PATIENCE, "{name} logs nothing");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            let taken = start.elapsed().as_secs_f64();
+            if round > 0 {
+                one.add(taken);
+            }
+            pod.remove();
+        }
+    }
+    print(
+        "CRI pod of one container, RunPodSandbox to its log's first line",
+        "s",
+        &all,
+    );
 }
 
 /// A container that runs while it is measured.
@@ -201,6 +232,7 @@ fn children(pid: i32) -> Vec<i32> {
 fn main() {
     let containerd = Containerd::start();
     first_output(&containerd);
+    pod_to_log(&containerd);
     let running = RUNTIMES.map(|(name, runtime)| Running::start(&containerd, name, runtime));
     exec_latency(&running);
     memory(&containerd, &running);

@@ -6,9 +6,12 @@
     reason = "a test reports by panicking"
 )]
 
+mod amounts;
 mod leaks;
 mod monitor;
 mod options;
+mod pods;
 mod sandboxes;
 mod tasks;
+mod terminal;
 mod wrong;

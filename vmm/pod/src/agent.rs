@@ -14,9 +14,9 @@ use async_trait::async_trait;
 use hull_machine::client::{ConnectError, Machine};
 pub use hull_protocol::agent::Disk;
 use hull_protocol::agent::{
-    CreateContainerRequest, Empty, ExecRequest, HelloRequest, MemoryVolume, ProcessesRequest,
-    RemoveContainerRequest, RemoveExecRequest, ResizeRequest, SignalRequest, StartContainerRequest,
-    StartInfraRequest, Streams, WaitRequest,
+    CreateContainerRequest, Empty, ExecRequest, HelloRequest, MemoryVolume, PidNamespace,
+    ProcessesRequest, RemoveContainerRequest, RemoveExecRequest, ResizeRequest, SignalRequest,
+    StartContainerRequest, StartInfraRequest, Streams, WaitRequest,
 };
 use hull_protocol::agent_ttrpc::AgentClient;
 use hull_protocol::{AGENT_PORT, STREAM_MAGIC, STREAM_PORT};
@@ -29,7 +29,7 @@ use ttrpc::r#async::transport::Socket;
 use ttrpc::context::Context;
 
 use crate::metrics::Calls;
-use crate::oci::InfraSpec;
+use crate::oci::{InfraSpec, Pids};
 use crate::supervisor::api::Size;
 use crate::text::{cut, printable};
 
@@ -40,9 +40,12 @@ const LATE: Duration = Duration::from_secs(1);
 /// More processes than a container is told to have at most.
 const PROCESSES_MAX: usize = 4096;
 
+mod amounts;
 #[cfg(test)]
 mod hostile;
 pub mod network;
+
+pub use amounts::{CpuStats, IoStats, MemoryStats, PidsStats, Stats};
 
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
@@ -330,11 +333,19 @@ impl Agent {
             Root::Share(path) => (path.clone(), None),
             Root::Disk(disk) => (String::new(), Some(disk.clone())),
         };
+        let (pid_namespace, pid_target) = match &spec.pids {
+            Pids::AsPod => (PidNamespace::DEFAULT, ""),
+            Pids::Own => (PidNamespace::OWN, ""),
+            Pids::Pod => (PidNamespace::INFRA, ""),
+            Pids::Of(container) => (PidNamespace::CONTAINER, container.as_str()),
+        };
         let request = CreateContainerRequest {
             container_id: id.into(),
             spec: json,
             rootfs,
             disk: disk.into(),
+            pid_namespace: pid_namespace.into(),
+            pid_target: pid_target.into(),
             user: spec.user.clone(),
             additional_gids: spec.additional_gids.clone(),
             exact_groups: spec.exact_groups,

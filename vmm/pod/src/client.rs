@@ -278,7 +278,8 @@ impl Client {
 fn watch_process(pid: Pid) -> io::Result<Option<AsyncFd<OwnedFd>>> {
     match pidfd_open(pid, PidfdFlags::empty()) {
         Ok(pidfd) => channel::watch(pidfd).map(Some),
-        Err(Errno::SRCH) => Ok(None),
+        // EINVAL: it has, and its number is still that of its session.
+        Err(Errno::SRCH | Errno::INVAL) => Ok(None),
         Err(error) => Err(error.into()),
     }
 }

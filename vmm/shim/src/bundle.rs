@@ -50,9 +50,9 @@ pub struct Bundle {
     pub place: Place,
 }
 
-/// The pod's network, as its first container's specification has it.
+/// A namespace, as a container's specification has it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Network {
+pub enum Namespace {
     /// Somebody has made it, and pinned it here.
     Path(PathBuf),
     /// To be made.
@@ -97,16 +97,27 @@ impl Bundle {
         }
     }
 
+    /// The network. That of its first container is the pod's.
     #[must_use]
-    pub fn network(&self) -> Network {
+    pub fn network(&self) -> Namespace {
+        self.namespace(LinuxNamespaceType::Network)
+    }
+
+    /// Whose processes are seen.
+    #[must_use]
+    pub fn processes(&self) -> Namespace {
+        self.namespace(LinuxNamespaceType::Pid)
+    }
+
+    fn namespace(&self, kind: LinuxNamespaceType) -> Namespace {
         let namespaces = self.spec.linux().iter().flat_map(|l| l.namespaces().iter());
-        let mut networks = namespaces
+        let mut found = namespaces
             .flatten()
-            .filter(|namespace| namespace.typ() == LinuxNamespaceType::Network);
-        match networks.next().map(|namespace| namespace.path()) {
-            Some(Some(path)) if !path.as_os_str().is_empty() => Network::Path(path.clone()),
-            Some(_) => Network::New,
-            None => Network::Host,
+            .filter(|namespace| namespace.typ() == kind);
+        match found.next().map(|namespace| namespace.path()) {
+            Some(Some(path)) if !path.as_os_str().is_empty() => Namespace::Path(path.clone()),
+            Some(_) => Namespace::New,
+            None => Namespace::Host,
         }
     }
 }
@@ -183,9 +194,9 @@ mod tests {
 
         assert_eq!(
             network(r#",{"type":"network","path":"/run/netns/x"}"#),
-            Network::Path("/run/netns/x".into())
+            Namespace::Path("/run/netns/x".into())
         );
-        assert_eq!(network(r#",{"type":"network"}"#), Network::New);
-        assert_eq!(network(""), Network::Host);
+        assert_eq!(network(r#",{"type":"network"}"#), Namespace::New);
+        assert_eq!(network(""), Namespace::Host);
     }
 }

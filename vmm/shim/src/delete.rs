@@ -75,7 +75,8 @@ fn end_shim(bundle: &Path, id: &str) -> rustix::io::Result<()> {
         .and_then(Pid::from_raw);
     let Some(pid) = pid else { return Ok(()) };
     let shim = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
-        Err(rustix::io::Errno::SRCH) => return Ok(()),
+        // It is gone; EINVAL: and its number is still that of its session, in which the machine is.
+        Err(rustix::io::Errno::SRCH | rustix::io::Errno::INVAL) => return Ok(()),
         opened => opened?,
     };
     // The descriptor is of whoever has the number now, and so is what is read after it was opened.

@@ -5,7 +5,8 @@ use std::time::{Duration, SystemTime};
 
 use containerd_shim_protos::api::ForwardRequest;
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskStart,
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused,
+    TaskResumed, TaskStart,
 };
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
@@ -70,6 +71,8 @@ event! {
     TaskCreate: TASK_CREATE_EVENT_TOPIC,
     TaskStart: TASK_START_EVENT_TOPIC,
     TaskOOM: TASK_OOM_EVENT_TOPIC,
+    TaskPaused: TASK_PAUSED_EVENT_TOPIC,
+    TaskResumed: TASK_RESUMED_EVENT_TOPIC,
     TaskExit: TASK_EXIT_EVENT_TOPIC,
     TaskDelete: TASK_DELETE_EVENT_TOPIC,
     TaskExecAdded: TASK_EXEC_ADDED_EVENT_TOPIC,

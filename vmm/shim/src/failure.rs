@@ -38,8 +38,12 @@ pub enum TaskError {
     Bundle(#[from] BundleError),
     #[error(transparent)]
     Spec(#[from] SpecError),
-    #[error("reading what is to be run")]
-    Process(#[from] serde_json::Error),
+    #[error("reading {what}")]
+    Json {
+        what: &'static str,
+        #[source]
+        source: serde_json::Error,
+    },
     #[error(transparent)]
     Hook(#[from] HookError),
     #[error(transparent)]
@@ -99,9 +103,14 @@ impl TaskError {
             Self::Exists(_) => Code::ALREADY_EXISTS,
             Self::State { .. } => Code::FAILED_PRECONDITION,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
-            Self::Options(_) | Self::Bundle(_) | Self::Spec(_) | Self::Process(_) => {
+            Self::Options(_) | Self::Bundle(_) | Self::Spec(_) | Self::Json { .. } => {
                 Code::INVALID_ARGUMENT
             }
+            // The agent's other codes would say things of the task that aren't so.
+            Self::Agent(AgentError::Refused {
+                code: code @ (Code::INVALID_ARGUMENT | Code::FAILED_PRECONDITION),
+                ..
+            }) => *code,
             _ => Code::UNKNOWN,
         }
     }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
-use hull_pod::agent::{Agent, AgentError, Disk, ExitStatus, Process, Root, Stdio};
+use hull_pod::agent::{Agent, AgentError, Disk, ExitStatus, Process, Root, Stats, Stdio};
 use hull_pod::configuration::Configuration;
 use hull_pod::manifest::Bandwidth;
 use hull_pod::metrics::Meter;
@@ -18,12 +18,15 @@ use hull_pod::supervisor::{
 };
 use hull_pod::text::chain;
 use hull_pod::volumes::{NetworkFacts, Share};
+use oci_spec::runtime::LinuxResources;
 use rustix::fs::{CWD, Mode, OFlags};
 use tokio::sync::{Mutex, watch};
 use tokio::time::timeout;
 
 use crate::bundle::{Bundle, Place};
 use crate::failure::TaskError;
+use crate::forward::Forwarding;
+use crate::pids::{self, Sharing};
 use crate::pod::{Pod, RootMount};
 use crate::{mounts, spec};
 
@@ -57,10 +60,13 @@ struct Up {
     meter: Arc<Meter>,
     share: Arc<Share>,
     volumes: StdMutex<Volumes>,
+    pids: StdMutex<Sharing>,
     /// Those of the containers whose root file systems are on disks, by the container's name.
     disks: StdMutex<HashMap<String, Inserted>>,
     host: Arc<Mutex<HostNetwork>>,
     network: PodNetwork,
+    /// None: the kernel can't do it.
+    _forwarding: Option<Forwarding>,
     _console: Console,
 }
 
@@ -122,13 +128,16 @@ impl MachinePod {
             })?
             .try_clone()
             .map_err(PodFailure::from)?;
+        pids::check(bundle)?;
         let installation = Installation::find(&self.configuration).map_err(PodFailure::from)?;
         let size = spec::size(&bundle.spec, self.configuration.sizing);
         let queues = Queues {
             vcpus: size.vcpus,
             vhost: VhostNet::of(&self.configuration).map_err(PodFailure::from)?,
         };
-        let infra = spec::infra(&bundle.spec, id);
+        let mut infra = spec::infra(&bundle.spec, id);
+        // Whether containers share it only they say.
+        infra.share_process_namespace = bundle.place == Place::Sandbox;
         let directory = bundle.path.clone();
         let (share, host) = tokio::task::spawn_blocking(move || {
             let place = directory.join("share");
@@ -162,14 +171,20 @@ impl MachinePod {
         guest.configure_network(&infra, &network).await?;
         let meter = Arc::new(guest.meter(&network)?);
         drop(network);
+        let forwarding = Forwarding::start(guest.agent().clone()).await;
+        if let Err(error) = &forwarding {
+            tracing::warn!(%error, "ports can't be forwarded by way of the pod's network namespace");
+        }
         Ok(Up {
             meter,
             network: guest.network(&host),
             guest,
             share,
             volumes: StdMutex::default(),
+            pids: StdMutex::default(),
             disks: StdMutex::default(),
             host,
+            _forwarding: forwarding.ok(),
             _console: console.take().ok_or(PodFailure::Stopped)?,
         })
     }
@@ -241,7 +256,7 @@ impl Pod for MachinePod {
         stdin: bool,
     ) -> Result<Stdio, TaskError> {
         let machine = self.up()?;
-        let container = {
+        let mut container = {
             let (machine, bundle) = (Arc::clone(&machine), bundle.clone());
             tokio::task::spawn_blocking(move || {
                 spec::container(&bundle.spec, stdin, |source, read_only| {
@@ -252,6 +267,7 @@ impl Pod for MachinePod {
         };
         let root = machine.place_root(name, bundle, root).await?;
         let made = async {
+            container.pids = machine.pids().place(name, bundle)?;
             let tty = container.tty.then_some(TERMINAL);
             let agent = machine.guest.agent();
             let stdio = agent.open_stdio(stdin, tty).await?;
@@ -262,6 +278,7 @@ impl Pod for MachinePod {
         }
         .await;
         if made.is_err() {
+            machine.pids().forget(name);
             machine.release_root(name).await;
         }
         made
@@ -296,6 +313,26 @@ impl Pod for MachinePod {
         Ok(self.agent()?.processes(name).await?)
     }
 
+    async fn stats(&self, name: Option<&str>) -> Result<Stats, TaskError> {
+        Ok(self.agent()?.stats(name).await?)
+    }
+
+    async fn freeze(&self, name: &str) -> Result<(), TaskError> {
+        Ok(self.agent()?.freeze(name).await?)
+    }
+
+    async fn thaw(&self, name: &str) -> Result<(), TaskError> {
+        Ok(self.agent()?.thaw(name).await?)
+    }
+
+    async fn update(&self, name: &str, resources: &LinuxResources) -> Result<(), TaskError> {
+        Ok(self.agent()?.update(name, resources).await?)
+    }
+
+    async fn wait_oom(&self, name: &str, kills: u64) -> Result<u64, TaskError> {
+        Ok(self.agent()?.wait_oom(name, kills).await?)
+    }
+
     async fn remove(&self, name: &str) -> Result<(), TaskError> {
         let Some(machine) = self.up.borrow().clone() else {
             // It is gone with its machine.
@@ -312,6 +349,7 @@ impl Pod for MachinePod {
         // Whether it is gone the agent tells when it removes it.
         let _ = timeout(self.limits.end, agent.wait(Process::Container(name))).await;
         let removed = agent.remove_container(name).await;
+        machine.pids().forget(name);
         machine.release_root(name).await;
         Ok(removed?)
     }
@@ -417,6 +455,10 @@ impl Up {
             }
             Err(error) => tracing::error!(name, %error, "removing a root file system"),
         }
+    }
+
+    fn pids(&self) -> MutexGuard<'_, Sharing> {
+        self.pids.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn disks(&self) -> MutexGuard<'_, HashMap<String, Inserted>> {

@@ -26,6 +26,8 @@ pub struct Exit {
 pub enum State {
     Created,
     Running,
+    /// Of a container's first process: all stand still.
+    Paused,
     Ended(Exit),
 }
 
@@ -43,8 +45,10 @@ pub struct Managed {
     /// The last signal that it was sent.
     signal: AtomicU32,
     streams: Mutex<Option<Arc<Streams>>>,
-    /// Held while it is started.
+    /// Held while its state and the events that tell of it change.
     pub starting: tokio::sync::Mutex<()>,
+    /// Held while it is paused or resumed.
+    pub pausing: tokio::sync::Mutex<()>,
 }
 
 impl Managed {
@@ -59,6 +63,7 @@ impl Managed {
             signal: AtomicU32::new(SIGKILL),
             streams: Mutex::new(streams.map(Arc::new)),
             starting: tokio::sync::Mutex::default(),
+            pausing: tokio::sync::Mutex::default(),
         }
     }
 
@@ -85,6 +90,18 @@ impl Managed {
             self.gone.send_replace(true);
         }
         self.state.send_replace(state);
+    }
+
+    /// Replaces one state. False: it is in another one.
+    #[must_use]
+    pub fn replace(&self, from: State, to: State) -> bool {
+        self.state.send_if_modified(|state| {
+            let is = *state == from;
+            if is {
+                *state = to;
+            }
+            is
+        })
     }
 
     /// Its end has been seen; [`State::Ended`] follows when its last output is out.
@@ -155,6 +172,7 @@ pub fn must_be(
     let is = match state {
         State::Created => "created",
         State::Running => "running",
+        State::Paused => "paused",
         State::Ended(_) => "stopped",
     };
     Err(TaskError::State {

@@ -1,8 +1,9 @@
 //! What tasks need of the pod that they are in.
 
 use async_trait::async_trait;
-use hull_pod::agent::{ExitStatus, Process, Stdio};
+use hull_pod::agent::{ExitStatus, Process, Stats, Stdio};
 use hull_pod::supervisor::api::{Exec, Size};
+use oci_spec::runtime::LinuxResources;
 
 use crate::bundle::Bundle;
 use crate::failure::TaskError;
@@ -44,6 +45,20 @@ pub trait Pod: Send + Sync {
 
     /// The processes of a container, as the guest numbers them.
     async fn processes(&self, name: &str) -> Result<Vec<u32>, TaskError>;
+
+    /// What a container uses; None: all of the pod together.
+    async fn stats(&self, name: Option<&str>) -> Result<Stats, TaskError>;
+
+    /// Lets a container stand still, until it is thawed or ends.
+    async fn freeze(&self, name: &str) -> Result<(), TaskError>;
+
+    async fn thaw(&self, name: &str) -> Result<(), TaskError>;
+
+    async fn update(&self, name: &str, resources: &LinuxResources) -> Result<(), TaskError>;
+
+    /// Until more than `kills` processes of a container have been killed for its memory limit, or it has ended.
+    /// Returns how many.
+    async fn wait_oom(&self, name: &str, kills: u64) -> Result<u64, TaskError>;
 
     /// Removes a container that has ended, or was never started, with its root file system.
     async fn remove(&self, name: &str) -> Result<(), TaskError>;

@@ -20,7 +20,7 @@ use ttrpc::r#async::Server;
 use ttrpc::r#async::transport::Listener;
 
 use crate::arguments::Arguments;
-use crate::bundle::{Bundle, BundleError, Network};
+use crate::bundle::{self, Bundle, BundleError};
 use crate::cgroup;
 use crate::events::{Events, Target};
 use crate::host::Host;
@@ -90,10 +90,10 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
         tracing::warn!(%error, cgroup = %cgroup.display(), "entering the pod's cgroup");
     }
     let namespace = match bundle.network() {
-        Network::Path(path) => Some(Namespace::open(&path)?),
-        Network::New => Some(Namespace::create()?),
+        bundle::Namespace::Path(path) => Some(Namespace::open(&path)?),
+        bundle::Namespace::New => Some(Namespace::create()?),
         // Said when the container is made: only then does containerd show it to anybody.
-        Network::Host => None,
+        bundle::Namespace::Host => None,
     };
     if let Some(namespace) = &namespace {
         // For those who look for the pod's network by the pid that they are told.

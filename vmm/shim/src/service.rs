@@ -5,13 +5,15 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
-    CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
-    DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest, PidsRequest,
-    PidsResponse, ProcessInfo, ResizePtyRequest, ShutdownRequest, StartRequest, StartResponse,
-    StateRequest, StateResponse, Status, WaitRequest, WaitResponse,
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
+    CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest,
+    PauseRequest, PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest,
+    ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
+    StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::{Task, create_task};
 use hull_pod::supervisor::api::Size;
+use serde::de::DeserializeOwned;
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::events::timestamp;
@@ -20,10 +22,13 @@ use crate::managed::State;
 use crate::options;
 use crate::streams::Places;
 use crate::tasks::{New, Tasks};
+use crate::{spec, usage};
 
 const V2: &str = "containerd.task.v2.Task";
-/// Bounds what a specification of an exec may be.
-const PROCESS_MAX: usize = 1 << 20;
+/// Bounds what a specification in a request may be.
+const JSON_MAX: usize = 1 << 20;
+/// The end of the type that resources are sent as (types.containerd.io/opencontainers/runtime-spec/1/LinuxResources).
+const RESOURCES: &str = "/LinuxResources";
 
 /// For a ttrpc server.
 #[must_use]
@@ -51,6 +56,14 @@ impl TaskService {
     {
         tokio::spawn(work(Arc::clone(&self.tasks))).await?
     }
+}
+
+fn parse<T: DeserializeOwned>(what: &'static str, json: &[u8]) -> Result<T, TaskError> {
+    if json.len() > JSON_MAX {
+        let no = format!("{what} is longer than {JSON_MAX} bytes");
+        return Err(TaskError::Unsupported(no));
+    }
+    serde_json::from_slice(json).map_err(|source| TaskError::Json { what, source })
 }
 
 /// The host's process that stands for all of the pod's: it is in the pod's network namespace.
@@ -131,6 +144,7 @@ impl Task for TaskService {
         let status = match process.state() {
             State::Created => Status::CREATED,
             State::Running => Status::RUNNING,
+            State::Paused => Status::PAUSED,
             State::Ended(exit) => {
                 response.exit_status = exit.status;
                 response.exited_at = Some(timestamp(exit.at)).into();
@@ -167,12 +181,7 @@ impl Task for TaskService {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        let spec = request.spec.value.as_slice();
-        if spec.len() > PROCESS_MAX {
-            let no = format!("what is to be run is longer than {PROCESS_MAX} bytes");
-            return Err(TaskError::Unsupported(no).into());
-        }
-        let process = serde_json::from_slice(spec).map_err(TaskError::from)?;
+        let process = parse("what is to be run", &request.spec.value)?;
         let places = Places {
             stdin: request.stdin,
             stdout: request.stdout,
@@ -183,6 +192,47 @@ impl Task for TaskService {
             .exec(&request.id, &request.exec_id, places, &process)
             .await?;
         Ok(Empty::default())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        self.whole(|tasks| async move { tasks.pause(&request.id).await })
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        self.whole(|tasks| async move { tasks.resume(&request.id).await })
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        let no = "no checkpoint can be made of a container of a machine";
+        Err(TaskError::Unsupported(no.into()).into())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let given = request.resources.unwrap_or_default();
+        if !given.type_url.ends_with(RESOURCES) {
+            let no = format!(
+                "what a container may use can't be said as {:?}",
+                given.type_url
+            );
+            return Err(TaskError::Unsupported(no).into());
+        }
+        let given = parse("what a container may use", &given.value)?;
+        let resources = spec::update(&given).map_err(TaskError::from)?;
+        self.whole(|tasks| async move { tasks.update(&request.id, &resources).await })
+            .await?;
+        Ok(Empty::default())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        let stats = self.tasks.stats(&request.id).await?;
+        Ok(StatsResponse {
+            stats: Some(usage::any(stats)?).into(),
+            ..Default::default()
+        })
     }
 
     async fn resize_pty(

@@ -1,3 +1,6 @@
+#[path = "service_tests/amounts.rs"]
+mod amounts;
+
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -13,9 +16,10 @@ use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim_async::{
     Client, Events as EventsService, TaskClient, create_events,
 };
-use hull_pod::agent::{AgentError, ExitStatus, Process, Stdio};
+use hull_pod::agent::{AgentError, ExitStatus, Process, Stats, Stdio};
 use hull_pod::supervisor::api::{Exec, Size};
 use hull_pod::supervisor::{Limits, PodFailure};
+use oci_spec::runtime::LinuxResources;
 use rustix::fs::{CWD, FileType, Mode};
 use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
@@ -51,6 +55,9 @@ struct StandIn {
     guests: Mutex<HashMap<String, Guest>>,
     exits: Mutex<HashMap<String, watch::Sender<Option<i32>>>>,
     signals: Mutex<Vec<(String, u32, bool)>>,
+    /// Processes killed for want of memory, in whatever container.
+    ooms: watch::Sender<u64>,
+    updates: Mutex<Vec<(String, LinuxResources)>>,
     /// Of further processes.
     users: Mutex<Vec<Option<String>>>,
     refuse_start: Mutex<bool>,
@@ -161,6 +168,32 @@ impl Pod for StandIn {
 
     async fn processes(&self, _: &str) -> Result<Vec<u32>, TaskError> {
         Ok(vec![7, 9])
+    }
+
+    async fn stats(&self, name: Option<&str>) -> Result<Stats, TaskError> {
+        let mut stats = Stats::default();
+        stats.pids.current = if name.is_some() { 2 } else { 20 };
+        Ok(stats)
+    }
+
+    async fn freeze(&self, _: &str) -> Result<(), TaskError> {
+        Ok(())
+    }
+
+    async fn thaw(&self, _: &str) -> Result<(), TaskError> {
+        Ok(())
+    }
+
+    async fn update(&self, name: &str, resources: &LinuxResources) -> Result<(), TaskError> {
+        let updated = (name.to_owned(), resources.clone());
+        self.updates.lock().unwrap().push(updated);
+        Ok(())
+    }
+
+    async fn wait_oom(&self, _: &str, kills: u64) -> Result<u64, TaskError> {
+        let mut ooms = self.ooms.subscribe();
+        let more = ooms.wait_for(|ooms| *ooms > kills).await;
+        Ok(*more.unwrap())
     }
 
     async fn remove(&self, name: &str) -> Result<(), TaskError> {

@@ -1,11 +1,13 @@
 //! A container as the agent is told it, from its runtime specification.
 //!
 //! Of the host's paths in a specification the guest sees only what is bound into the pod's share.
-//! What names host devices, host cgroups or host processors has no meaning in the guest, and is left out.
+//! What names host cgroups or host processors has no meaning in the guest, and is left out; a host device is refused.
 
 use std::path::{Path, PathBuf};
 
-use hull_pod::oci::{Amounts, ContainerSpec, InfraSpec, MachineSize, Sizing, machine_size_for};
+use hull_pod::oci::{
+    Amounts, ContainerSpec, InfraSpec, MachineSize, Pids, Sizing, machine_size_for,
+};
 use oci_spec::OciSpecError;
 use oci_spec::runtime::{
     LinuxBuilder, LinuxResources, LinuxResourcesBuilder, Mount, Process, RootBuilder, Spec,
@@ -20,8 +22,19 @@ const FILE_SYSTEMS: &[&str] = &[
 ];
 /// The pod's own, whatever the specification has there.
 const SHM: &str = "/dev/shm";
+/// Device files that every container has, whether they are named or not.
+const DEVICES: &[&str] = &[
+    "/dev/full",
+    "/dev/null",
+    "/dev/random",
+    "/dev/tty",
+    "/dev/urandom",
+    "/dev/zero",
+];
 /// What the guest keeps of a bind's options.
 const BIND_OPTIONS: &[&str] = &["ro", "rw", "rro", "noexec", "exec", "nosuid", "nodev"];
+/// The controllers of which files of a cgroup may be named: what they count, a guest counts, too.
+const UNIFIED: &[&str] = &["cpu.", "memory.", "pids."];
 const SIGTERM: u32 = 15;
 /// Of a host name (uname(2)).
 const HOSTNAME_MAX: usize = 63;
@@ -36,6 +49,12 @@ pub enum SpecError {
     NoProcess,
     #[error("mount {}: {why}", destination.display())]
     Mount { destination: PathBuf, why: String },
+    #[error(
+        "{}: a device of the host can't be given to a machine (privileged containers are given all of them, unless \
+         containerd's configuration has privileged_without_host_devices = true for this runtime)",
+        path.display()
+    )]
+    Device { path: PathBuf },
     #[error("making the container's specification")]
     Spec(#[from] OciSpecError),
 }
@@ -51,6 +70,13 @@ pub fn container<E: From<SpecError>>(
     mut bind: impl FnMut(&Path, bool) -> Result<String, E>,
 ) -> Result<ContainerSpec, E> {
     let given = spec.process().as_ref().ok_or(SpecError::NoProcess)?;
+    let devices = spec.linux().iter().flat_map(|linux| linux.devices().iter());
+    for device in devices.flatten() {
+        let path = device.path();
+        if !path.to_str().is_some_and(|path| DEVICES.contains(&path)) {
+            return Err(SpecError::Device { path: path.clone() }.into());
+        }
+    }
     let mut mounts = Vec::new();
     for mount in spec.mounts().iter().flatten() {
         mounts.push(self::mount(mount, &mut bind)?);
@@ -68,6 +94,7 @@ pub fn container<E: From<SpecError>>(
         stdin_once: false,
         // containerd names the signal whenever it sends one.
         stop_signal: SIGTERM,
+        pids: Pids::AsPod,
     })
 }
 
@@ -106,6 +133,17 @@ fn process(given: &Process) -> Process {
     process
 }
 
+/// What is changed of a container's resources.
+///
+/// # Errors
+/// When it can't be written.
+pub fn update(given: &LinuxResources) -> Result<LinuxResources, SpecError> {
+    let mut resources = resources(given)?;
+    // They stay.
+    resources.set_devices(None);
+    Ok(resources)
+}
+
 /// What a cgroup of the guest can have.
 fn resources(given: &LinuxResources) -> Result<LinuxResources, OciSpecError> {
     let mut resources = LinuxResourcesBuilder::default().build()?;
@@ -123,6 +161,16 @@ fn resources(given: &LinuxResources) -> Result<LinuxResources, OciSpecError> {
         memory.set_kernel(None).set_kernel_tcp(None);
         memory
     }));
+    let amounts = given.unified().clone().map(|mut files| {
+        // Others are of devices, processors and pages of the host.
+        files.retain(|file, _| {
+            UNIFIED
+                .iter()
+                .any(|controller| file.starts_with(controller))
+        });
+        files
+    });
+    resources.set_unified(amounts.filter(|files| !files.is_empty()));
     Ok(resources)
 }
 
@@ -303,6 +351,20 @@ mod tests {
             message.contains("/n") && message.contains("nfs"),
             "{message}"
         );
+    }
+
+    #[test]
+    fn devices_of_the_host_are_refused() {
+        let with = |path: &str| {
+            translated(&spec(&format!(
+                r#","linux":{{"devices":[{{"path":{path:?},"type":"c","major":1,"minor":3}}]}}"#
+            )))
+        };
+
+        let refused = with("/dev/mem").unwrap_err().to_string();
+
+        assert!(refused.starts_with("/dev/mem: a device"), "{refused}");
+        assert!(with("/dev/null").is_ok());
     }
 
     #[test]

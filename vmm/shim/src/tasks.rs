@@ -1,6 +1,7 @@
 //! The tasks of a pod: containers and their further processes, from their creation to their deletion.
 
-mod ends;
+mod amounts;
+mod ending;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -9,22 +10,21 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use containerd_shim_protos::api::Mount;
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM, TaskStart,
+    TaskCreate, TaskExecAdded, TaskExecStarted, TaskIO, TaskStart,
 };
 use hull_pod::agent::{Process, Stdio};
 use hull_pod::supervisor::Limits;
 use hull_pod::supervisor::api::{Exec, Size};
-use hull_pod::text::chain;
 use oci_spec::runtime::User;
 use tokio::sync::watch;
 
 use crate::bundle::{Bundle, Place};
-use crate::events::{Events, timestamp};
+use crate::events::Events;
 use crate::failure::TaskError;
 use crate::hooks::Hooks;
 use crate::host::Host;
 use crate::logger::{Logger, is_logger};
-use crate::managed::{Exit, KILLED, Managed, SIGKILL, State, killed, must_be, now};
+use crate::managed::{Exit, Managed, SIGKILL, State, must_be};
 use crate::pod::{Pod, RootMount};
 use crate::streams::{Places, Streams};
 
@@ -38,9 +38,9 @@ pub struct Task {
     pub bundle: PathBuf,
     /// As the agent knows it. None: it stands for infra.
     name: Option<String>,
-    first: Arc<Managed>,
     /// Of its first process.
     user: User,
+    first: Arc<Managed>,
     hooks: Hooks,
     execs: Mutex<HashMap<String, (String, Arc<Managed>)>>,
 }
@@ -196,14 +196,12 @@ impl Tasks {
             };
             (Some(name), Some(streams))
         };
+        let process = bundle.spec.process().as_ref();
         Ok(Task {
             id: new.id.clone(),
             bundle: new.bundle.clone(),
             name,
-            user: bundle
-                .spec
-                .process()
-                .as_ref()
+            user: process
                 .map(|process| process.user().clone())
                 .unwrap_or_default(),
             first: Arc::new(Managed::new(new.places.clone(), None, streams)),
@@ -232,6 +230,9 @@ impl Tasks {
         let (handle, process) = task.process(exec)?;
         let _starting = process.starting.lock().await;
         must_be(id, &process, "created", |state| state == State::Created)?;
+        if handle.is_some() {
+            must_be(id, &task.first, "running", |state| state == State::Running)?;
+        }
         match (&task.name, &handle) {
             (None, _) => {}
             (Some(name), None) => {
@@ -264,21 +265,6 @@ impl Tasks {
         Ok(())
     }
 
-    /// Follows a process, if nobody does yet.
-    fn see_end(
-        self: &Arc<Self>,
-        task: Arc<Task>,
-        exec: &str,
-        handle: Option<String>,
-        process: &Arc<Managed>,
-    ) {
-        if process.follow() {
-            let (tasks, exec) = (Arc::clone(self), exec.to_owned());
-            let process = Arc::clone(process);
-            tokio::spawn(async move { tasks.follow(&task, &exec, handle, &process).await });
-        }
-    }
-
     async fn start_exec(&self, id: &str, process: &Managed, handle: &str) -> Result<(), TaskError> {
         let Some(what) = &process.what else {
             return Ok(());
@@ -300,57 +286,6 @@ impl Tasks {
                 Err(error)
             }
         }
-    }
-
-    /// Waits for a process's end, and tells of it when all that it has printed is out.
-    async fn follow(&self, task: &Task, exec: &str, handle: Option<String>, process: &Managed) {
-        let ended = match task.known(handle.as_deref()) {
-            Some(known) => self.pod.wait(known).await,
-            None => {
-                self.pod.ended().await;
-                Ok(process.killed())
-            }
-        };
-        process.set_gone();
-        let ended = ended.unwrap_or_else(|error| {
-            tracing::warn!(
-                id = task.id,
-                exec,
-                error = chain(&error),
-                "a process is lost"
-            );
-            killed()
-        });
-        if let Some(streams) = process.streams() {
-            streams.drain(self.limits.drain).await;
-        }
-        if handle.is_none() {
-            task.ends_of_execs(self.limits.drain).await;
-        }
-        // The event of its start comes before that of its end, if there is one.
-        let _starting = process.starting.lock().await;
-        if matches!(process.state(), State::Ended(_)) {
-            // It was deleted before it was started.
-            return;
-        }
-        if ended.oom_killed && handle.is_none() {
-            let oom = TaskOOM {
-                container_id: task.id.clone(),
-                ..Default::default()
-            };
-            self.events.publish(oom).await;
-        }
-        let exit = now(u32::try_from(ended.code).unwrap_or(KILLED));
-        let told = TaskExit {
-            container_id: task.id.clone(),
-            id: if exec.is_empty() { &task.id } else { exec }.to_owned(),
-            pid: std::process::id(),
-            exit_status: exit.status,
-            exited_at: Some(timestamp(exit.at)).into(),
-            ..Default::default()
-        };
-        self.events.publish(told).await;
-        process.set(State::Ended(exit));
     }
 
     /// Makes ready a further process of a container.
@@ -376,7 +311,7 @@ impl Tasks {
             args: process.args().clone().unwrap_or_default(),
             env: process.env().clone().unwrap_or_default(),
             cwd: Some(process.cwd().display().to_string()).filter(|cwd| !cwd.is_empty()),
-            // The container's own one has groups that are not in the container's files.
+            // The container's own has further groups, too.
             user: (*user != task.user).then(|| format!("{}:{}", user.uid(), user.gid())),
             stdin: !places.stdin.is_empty(),
             tty: places.terminal.then(|| size(process)),
@@ -396,60 +331,6 @@ impl Tasks {
         };
         self.events.publish(added).await;
         Ok(())
-    }
-
-    /// Removes what has ended, or was never started.
-    ///
-    /// # Errors
-    /// [`TaskError::State`] when it runs.
-    pub async fn delete(&self, id: &str, exec: &str) -> Result<Exit, TaskError> {
-        let task = self.task(id)?;
-        let (handle, process) = task.process(exec)?;
-        must_be(id, &process, "stopped", |state| state != State::Running)?;
-        let exit = match process.state() {
-            State::Ended(exit) => exit,
-            State::Created | State::Running => now(KILLED),
-        };
-        process.set(State::Ended(exit));
-        if let Some(handle) = handle {
-            lock(&task.execs).remove(exec);
-            if let (Some(name), true) = (&task.name, process.streams().is_some())
-                && let Err(error) = self.pod.remove_exec(name, &handle).await
-            {
-                // The container has ended, and its processes with it.
-                tracing::debug!(id, exec, error = chain(&error), "removing a process");
-            }
-            return Ok(exit);
-        }
-        if let Some(name) = &task.name {
-            self.take_away(name).await;
-        }
-        if lock(&self.owner).as_deref() == Some(id) {
-            self.end_pod().await;
-        }
-        task.hooks.stopped(&self.host).await;
-        lock(&self.tasks).remove(id);
-        let deleted = TaskDelete {
-            container_id: id.into(),
-            pid: std::process::id(),
-            exit_status: exit.status,
-            exited_at: Some(timestamp(exit.at)).into(),
-            ..Default::default()
-        };
-        self.events.publish(deleted).await;
-        Ok(exit)
-    }
-
-    async fn end_pod(&self) {
-        self.pod.shut_down().await;
-        *lock(&self.owner) = None;
-    }
-
-    /// What can't be removed goes with the machine.
-    async fn take_away(&self, name: &str) {
-        if let Err(error) = self.pod.remove(name).await {
-            tracing::warn!(name, error = chain(&error), "removing a container");
-        }
     }
 
     /// Until a process has ended.

@@ -2,6 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "all of it is a test")]
 
+mod amounts;
 mod bundle;
 
 use std::fs::{self, File};

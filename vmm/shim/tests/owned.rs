@@ -31,7 +31,7 @@ const MEMORY: u64 = 64 << 10;
 
 const SPEC: &str = r#"{"ociVersion":"1.0.2",
     "process":{"args":["sh"],"cwd":"/","user":{"uid":0,"gid":0}},"root":{"path":"rootfs"},
-    "linux":{"namespaces":[{"type":"network"},{"type":"mount"}]}}"#;
+    "linux":{"namespaces":[{"type":"pid"},{"type":"network"},{"type":"mount"}]}}"#;
 
 /// Not a test.
 #[test]

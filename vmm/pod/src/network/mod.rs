@@ -58,7 +58,7 @@ pub enum WiringError {
     #[error("there is no /dev/net/tun; load the kernel module tun: modprobe tun")]
     NoTun,
     #[error(
-        "opening /dev/vhost-net, which HULL_VHOST_NET=on asks for (the kernel module is vhost_net): {0}"
+        "opening /dev/vhost-net, which the configuration (vhost_net) or HULL_VHOST_NET asks for with on; the kernel module is vhost_net: {0}"
     )]
     NoVhost(io::Error),
     #[error("HULL_VHOST_NET is auto, on or off, not {0:?}")]

@@ -68,6 +68,20 @@ pub struct ContainerSpec {
     pub stdin_once: bool,
     /// The signal that asks it to end: the image's, or SIGTERM.
     pub stop_signal: u32,
+    pub pids: Pids,
+}
+
+/// Whose processes a container sees.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Pids {
+    /// The pod's with `shareProcessNamespace`, else its own.
+    #[default]
+    AsPod,
+    Own,
+    /// Those of the pod's PID namespace, which infra must hold.
+    Pod,
+    /// Those of another container, by its name.
+    Of(String),
 }
 
 /// What the agent is told of the pod as a whole.
@@ -169,6 +183,7 @@ pub fn container(
         stdin: container.stdin.unwrap_or(false),
         stdin_once: container.stdin_once.unwrap_or(false),
         stop_signal: process::stop_signal(config),
+        pids: Pids::AsPod,
     })
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -37,7 +38,23 @@ impl Bundle {
             let mode = Mode::from_raw_mode(0o600);
             rustix::fs::mknodat(CWD, bundle.path().join(name), FileType::Fifo, mode, 0).unwrap();
         }
+        let publisher = format!(
+            "#!/bin/sh\necho $5 >>{}\ncat >/dev/null\n",
+            bundle.told().display()
+        );
+        fs::write(bundle.publisher(), publisher).unwrap();
+        fs::set_permissions(bundle.publisher(), fs::Permissions::from_mode(0o755)).unwrap();
         bundle
+    }
+
+    /// containerd's program, as far as it publishes.
+    fn publisher(&self) -> PathBuf {
+        self.root.path().join("publisher")
+    }
+
+    /// A file with the topics of the events so far.
+    pub fn told(&self) -> PathBuf {
+        self.root.path().join("told")
     }
 
     pub fn path(&self) -> PathBuf {
@@ -51,7 +68,8 @@ impl Bundle {
     pub fn run(&self, action: &[&str], input: &[u8]) -> Output {
         let mut child = Command::new(PROGRAM)
             .args(["-namespace", "default", "-id", self.id])
-            .args(["-address", "/nowhere", "-publish-binary", "/bin/true"])
+            .args(["-address", "/nowhere", "-publish-binary"])
+            .arg(self.publisher())
             .args(action)
             .envs(self.environment.iter().cloned())
             .current_dir(self.path())
