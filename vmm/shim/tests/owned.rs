@@ -132,6 +132,7 @@ impl Pod {
         if let Ok(answer) = pids.await {
             assert!(answer.processes.len() <= 4096);
         }
+        self.amounts().await;
         let size = ResizePtyRequest {
             id: id(),
             ..Default::default()
@@ -155,6 +156,39 @@ impl Pod {
         self.bounded("close", Duration::from_secs(1), closed)
             .await
             .unwrap();
+    }
+
+    /// Looks at what it uses, and changes it.
+    async fn amounts(&self) {
+        let id = || "alone".to_owned();
+        let stats = StatsRequest {
+            id: id(),
+            ..Default::default()
+        };
+        let stats = self.client.stats(within(), &stats);
+        if let Ok(answer) = self.bounded("stats", CALL, stats).await {
+            let length = answer.stats.value.len();
+            assert!(length < 64 << 10, "{:?}: {length}", self.conduct);
+        }
+        let pause = PauseRequest {
+            id: id(),
+            ..Default::default()
+        };
+        let paused = self.client.pause(within(), &pause);
+        let _ = self.bounded("pause", CALL, paused).await;
+        let resume = ResumeRequest {
+            id: id(),
+            ..Default::default()
+        };
+        let resumed = self.client.resume(within(), &resume);
+        let _ = self.bounded("resume", CALL, resumed).await;
+        let mut update = UpdateTaskRequest {
+            id: id(),
+            ..Default::default()
+        };
+        update.resources.mut_or_insert_default().value = b"{}".to_vec();
+        let updated = self.client.update(within(), &update);
+        let _ = self.bounded("update", CALL, updated).await;
     }
 
     /// Ends it, for which the guest isn't asked. Returns its status.
@@ -291,6 +325,10 @@ async fn silence() {
         (Kind::Silent, "exec"),
         (Kind::Silent, "processes"),
         (Kind::Silent, "resize"),
+        (Kind::Silent, "stats"),
+        (Kind::Silent, "freeze"),
+        (Kind::Silent, "thaw"),
+        (Kind::Silent, "update"),
         (Kind::Silent, "signal"),
         (Kind::Silent, "remove_container"),
         (Kind::Silent, "shutdown"),
@@ -343,5 +381,26 @@ async fn a_shim_with_such_a_guest_is_killed_and_deleted() {
         pod.delete();
 
         assert!(!runs(&pod.bundle.pid()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_hangs_does_not_hold_up_a_kill() {
+    for call in ["stats", "freeze", "processes", "exec"] {
+        let pod = Pod::new((Kind::Silent, call)).await;
+        assert!(pod.create().await);
+        pod.start("").await;
+        let hangs = timeout(Duration::from_secs(1), async {
+            pod.exec().await;
+            pod.start("e").await;
+            pod.look().await;
+        });
+        assert!(hangs.await.is_err());
+        let begun = Instant::now();
+
+        assert_eq!(pod.end().await, 137);
+
+        assert!(begun.elapsed() < Duration::from_secs(10), "{call}");
+        pod.nothing_left().await;
     }
 }

@@ -452,6 +452,30 @@ calls! {
         let count = if guest.is("Lies") { 800_000 } else { 1 };
         Ok(ProcessesResponse { pids: vec![u32::MAX; count], ..Default::default() })
     };
+    stats(StatsRequest) -> StatsResponse = |guest, _call| Ok(match guest.is("Lies") {
+        false => StatsResponse::default(),
+        true => StatsResponse {
+            cpu: Some(CpuStats { usage_micros: u64::MAX, ..Default::default() }).into(),
+            memory: Some(MemoryStats {
+                usage: u64::MAX,
+                detail: (0..50_000).map(|key| (format!("\x1b{key}"), u64::MAX)).collect(),
+                ..Default::default()
+            })
+            .into(),
+            io: vec![IoStats { major: u32::MAX, ..Default::default() }; 200_000],
+            ..Default::default()
+        },
+    });
+    freeze(FreezeRequest) -> Empty = |_guest, _call| Ok(Empty::default());
+    thaw(ThawRequest) -> Empty = |_guest, _call| Ok(Empty::default());
+    update(UpdateRequest) -> Empty = |_guest, _call| Ok(Empty::default());
+    wait_oom(WaitOomRequest) -> WaitOomResponse = |guest, call| {
+        if !guest.is("Lies") {
+            return std::future::pending().await;
+        }
+        // Without end, unless somebody bounds it.
+        Ok(WaitOomResponse { kills: call.kills + 1, ..Default::default() })
+    };
     shutdown(Empty) -> Empty = |guest, _call| {
         if guest.is("Immortal") {
             return Ok(Empty::default());
