@@ -443,7 +443,8 @@ fn two_pods_of_one_name_in_two_namespaces_are_two() {
         "one",
     ];
     let _ = elsewhere(&containerd, &[&there[..], SLEEP].concat());
-    let asked = ["task", "exec", "--exec-id", "e", "one", "printenv", "PLACE"];
+    let print = "echo $PLACE";
+    let asked = ["task", "exec", "--exec-id", "e", "one", "sh", "-c", print];
 
     assert_eq!(elsewhere(&containerd, &asked), "there\n");
     assert_eq!(containerd.ok(&asked), "here\n");
