@@ -154,7 +154,19 @@ pub fn container(name: &str, script: &str) -> ContainerConfig {
         log_path: format!("{name}.log"),
         linux: Some(LinuxContainerConfig {
             resources: Some(LinuxContainerResources::default()),
-            security_context: Some(LinuxContainerSecurityContext::default()),
+            security_context: Some(security()),
+        }),
+        ..Default::default()
+    }
+}
+
+/// What a kubelet says of each container: without it, all have one PID namespace.
+#[must_use]
+pub fn security() -> LinuxContainerSecurityContext {
+    LinuxContainerSecurityContext {
+        namespace_options: Some(NamespaceOption {
+            pid: NamespaceMode::Container.into(),
+            ..Default::default()
         }),
         ..Default::default()
     }

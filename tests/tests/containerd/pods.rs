@@ -241,7 +241,7 @@ fn security(uid: i64) -> LinuxContainerSecurityContext {
         seccomp: Some(SecurityProfile::default()),
         masked_paths: vec!["/proc/kcore".into()],
         readonly_paths: vec!["/proc/sys".into()],
-        ..Default::default()
+        ..hull_tests::cri::security()
     }
 }
 

@@ -10,8 +10,8 @@ use hull_pod::oci::{
 };
 use oci_spec::OciSpecError;
 use oci_spec::runtime::{
-    LinuxBuilder, LinuxResources, LinuxResourcesBuilder, Mount, Process, RootBuilder, Spec,
-    SpecBuilder,
+    LinuxBuilder, LinuxDeviceType, LinuxResources, LinuxResourcesBuilder, Mount, Process,
+    RootBuilder, Spec, SpecBuilder,
 };
 
 use crate::bundle::annotation;
@@ -50,13 +50,27 @@ pub enum SpecError {
     #[error("mount {}: {why}", destination.display())]
     Mount { destination: PathBuf, why: String },
     #[error(
-        "{}: a device of the host can't be given to a machine (privileged containers are given all of them, unless \
-         containerd's configuration has privileged_without_host_devices = true for this runtime)",
+        "{}: a device of the host can't be given to a machine",
         path.display()
     )]
     Device { path: PathBuf },
     #[error("making the container's specification")]
     Spec(#[from] OciSpecError),
+}
+
+/// Whether a container is privileged, as `ctr`, Docker and CRI say it.
+fn may_use_every_device(spec: &Spec) -> bool {
+    let resources = spec.linux().iter().filter_map(|l| l.resources().as_ref());
+    let rules = resources.filter_map(|resources| resources.devices().as_ref());
+    rules.flatten().any(|rule| {
+        let any_kind = matches!(rule.typ(), None | Some(LinuxDeviceType::A));
+        let any_number = |number: Option<i64>| number.is_none_or(|number| number < 0);
+        rule.allow()
+            && any_kind
+            && any_number(rule.major())
+            && any_number(rule.minor())
+            && rule.access().as_deref() == Some("rwm")
+    })
 }
 
 /// What the agent is told. `bind` puts a file or directory of the host into the pod's share, read-only or not, and
@@ -71,7 +85,9 @@ pub fn container<E: From<SpecError>>(
 ) -> Result<ContainerSpec, E> {
     let given = spec.process().as_ref().ok_or(SpecError::NoProcess)?;
     let devices = spec.linux().iter().flat_map(|linux| linux.devices().iter());
-    for device in devices.flatten() {
+    // One that may use every device gets all of the host's listed, and has all of the machine's.
+    let devices = devices.flatten().filter(|_| !may_use_every_device(spec));
+    for device in devices {
         let path = device.path();
         if !path.to_str().is_some_and(|path| DEVICES.contains(&path)) {
             return Err(SpecError::Device { path: path.clone() }.into());
@@ -365,6 +381,11 @@ mod tests {
 
         assert!(refused.starts_with("/dev/mem: a device"), "{refused}");
         assert!(with("/dev/null").is_ok());
+        let privileged = translated(&spec(
+            r#","linux":{"devices":[{"path":"/dev/mem","type":"c","major":1,"minor":1}],
+                "resources":{"devices":[{"allow":false,"access":"rwm"},{"allow":true,"access":"rwm"}]}}"#,
+        ));
+        assert!(privileged.is_ok());
     }
 
     #[test]
