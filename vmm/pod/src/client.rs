@@ -19,6 +19,7 @@ use tokio::time::timeout;
 
 use crate::manifest::PodManifest;
 use crate::state::{Claim, PodDir, PodStatus, StateError, read_record, replace_file};
+use crate::supervisor::ENVIRONMENT;
 use crate::supervisor::api::{Exec, Join, Refusal, Reply, Request, Size, Streams, Target};
 
 /// From the end of a supervisor's connections to its own.
@@ -95,6 +96,7 @@ impl Client {
         let mut command = Command::new(program);
         command
             .args(args)
+            .envs(ENVIRONMENT)
             .current_dir("/")
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::from(log.try_clone().map_err(ClientError::Start)?))

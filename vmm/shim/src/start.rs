@@ -181,7 +181,8 @@ fn serve(
         .args(["-namespace", &arguments.namespace])
         .args(["-id", &arguments.id])
         .args(["-address", &arguments.address])
-        .args(["-publish-binary", &arguments.publish_binary]);
+        .args(["-publish-binary", &arguments.publish_binary])
+        .envs(hull_pod::supervisor::ENVIRONMENT);
     if arguments.debug {
         command.arg("-debug");
     }

@@ -5,7 +5,6 @@
 
 use std::io;
 
-use oci_spec::distribution::Reference;
 use oci_spec::image::{
     Arch, Descriptor, DescriptorBuilder, Digest, ImageConfiguration, ImageIndex, ImageManifest,
     ImageManifestBuilder, MediaType, Os, Platform,
@@ -13,6 +12,7 @@ use oci_spec::image::{
 use serde::Deserialize;
 
 use super::digest;
+use super::parse;
 use super::source::Source;
 
 /// An index of indexes of ... ends here.
@@ -145,9 +145,7 @@ fn names_of(descriptor: &Descriptor) -> Vec<String> {
 
 /// A name as the store has it: with registry and tag.
 pub fn full_name(name: &str) -> Option<String> {
-    name.parse::<Reference>()
-        .ok()
-        .map(|reference| reference.whole())
+    parse(name).ok().map(|reference| reference.whole())
 }
 
 fn plan_manifest(

@@ -15,6 +15,7 @@ mod error;
 mod layer;
 mod layout;
 mod locks;
+mod reference;
 mod refs;
 mod source;
 mod store;
@@ -27,8 +28,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 pub use error::ImageError;
-pub use oci_spec::distribution::Reference;
 use oci_spec::image::ImageConfiguration;
+pub use reference::parse;
 pub use store::Store;
 #[cfg(test)]
 pub(crate) use tests::test_image;

@@ -14,7 +14,7 @@ use super::layout::{self, Planned};
 use super::locks::lock;
 use super::refs::{Entry, Index, write_atomically};
 use super::source::Source;
-use super::{Image, ImageError, ImageSummary, Loaded, Progress, Reference, Removed, layer};
+use super::{Image, ImageError, ImageSummary, Loaded, Progress, Removed, layer, parse};
 
 /// Shortest prefix of an id that is taken for one, as Docker shows them.
 const SHORT_ID: usize = 12;
@@ -372,7 +372,7 @@ fn find(index: &Index, reference: &str) -> Result<Entry, ImageError> {
         reference: reference.to_owned(),
         message: error.to_string(),
     };
-    let parsed = reference.parse::<Reference>();
+    let parsed = parse(reference);
     if let Ok(parsed) = &parsed {
         let whole = parsed.whole();
         let by_name = entries().find(|entry| match parsed.digest() {
@@ -382,7 +382,7 @@ fn find(index: &Index, reference: &str) -> Result<Entry, ImageError> {
                     && entry
                         .reference
                         .as_deref()
-                        .and_then(|name| name.parse::<Reference>().ok())
+                        .and_then(|name| parse(name).ok())
                         .is_some_and(|known| {
                             (known.registry(), known.repository())
                                 == (parsed.registry(), parsed.repository())

@@ -55,6 +55,10 @@ use record::Record;
 use server::Service;
 use stop::Stop;
 
+/// The environment of a supervisor's process, which sits beside its pod for as long as that lives. By itself the C
+/// library has a heap for each thread, and each keeps what its thread once needed (`mallopt(3)`).
+pub const ENVIRONMENT: [(&str, &str); 1] = [("MALLOC_ARENA_MAX", "1")];
+
 /// A manifest is never longer than this once it has been read.
 const MANIFEST_MAX: u64 = 16 << 20;
 

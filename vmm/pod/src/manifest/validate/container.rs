@@ -12,7 +12,7 @@ use super::super::names;
 use super::super::problem::{FieldPath, Problems};
 use super::super::quantity::Quantity;
 use super::{form, one_of, security, within};
-use crate::images::Reference;
+use crate::images;
 
 /// Checks a container, and adds its ports' names to those of the Pod.
 pub fn check<'a>(
@@ -71,7 +71,7 @@ fn image(container: &Container, path: &FieldPath, problems: &mut Problems) {
     let image = container.image.as_deref().unwrap_or_default();
     if image.is_empty() {
         problems.add(path.field("image"), "is missing");
-    } else if let Err(error) = image.parse::<Reference>() {
+    } else if let Err(error) = images::parse(image) {
         problems.add(path.field("image"), error.to_string());
     }
     let policy = container.image_pull_policy.as_deref();
