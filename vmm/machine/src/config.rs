@@ -111,9 +111,10 @@ pub struct NetConfig {
     pub mtu: u16,
     /// 1 to the number of processors, and at most [`MAX_QUEUE_PAIRS`].
     pub queue_pairs: u8,
-    /// None: the link is down until a tap is plugged ([`crate::control::Request::PlugNet`]), and UDP segmentation
-    /// is not offered.
+    /// None: the link is down until a tap is plugged ([`crate::control::Request::PlugNet`]).
     pub tap: Option<TapConfig>,
+    /// Whether UDP segmentation is offered before there is a tap. One that is plugged later and can't do it is refused.
+    pub udp_segmentation: bool,
     pub limits: NetLimits,
 }
 

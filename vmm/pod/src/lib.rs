@@ -4,6 +4,7 @@ pub mod agent;
 pub mod client;
 pub mod configuration;
 pub mod events;
+pub mod footprint;
 pub mod images;
 pub mod logs;
 pub mod manifest;

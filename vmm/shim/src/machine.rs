@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError};
 use async_trait::async_trait;
 use hull_pod::agent::{Agent, AgentError, Disk, ExitStatus, Process, Root, Stats, Stdio};
 use hull_pod::configuration::Configuration;
+use hull_pod::footprint;
 use hull_pod::manifest::Bandwidth;
 use hull_pod::metrics::Meter;
 use hull_pod::network::{Namespace, VhostNet};
@@ -147,11 +148,11 @@ impl MachinePod {
             Ok::<_, TaskError>((Arc::new(share), host))
         })
         .await??;
+        let nets = host.devices(Bandwidth::default());
         let (reader, pipe) =
             Console::open(&bundle.path.join("console.log")).map_err(PodFailure::from)?;
         *console = Some(reader);
         let host = Arc::new(Mutex::new(host));
-        let mut network = host.lock().await;
         let boot = Boot {
             installation: &installation,
             limits: self.limits,
@@ -159,16 +160,24 @@ impl MachinePod {
             console: pipe,
             share: &share,
             disk_slots,
-            bandwidth: Bandwidth::default(),
+            nets,
         };
-        let (guest, info) = boot.launch(&mut network).await?.meet().await?;
+        let launched = boot.launch().await?;
+        // While it boots.
+        let taps = tokio::task::spawn_blocking({
+            let host = Arc::clone(&host);
+            move || host.blocking_lock().connect()
+        });
+        let (guest, info) = launched.meet().await?;
         tracing::info!(
             kernel = info.kernel_release,
             agent = info.agent_version,
             "the guest is up"
         );
         guest.start_infra(&infra, &[]).await?;
-        guest.configure_network(&infra, &network).await?;
+        let taps = taps.await??;
+        let network = host.lock().await;
+        guest.connect_network(&infra, &network, taps).await?;
         let meter = Arc::new(guest.meter(&network)?);
         drop(network);
         let forwarding = Forwarding::start(guest.agent().clone()).await;
@@ -287,7 +296,9 @@ impl Pod for MachinePod {
     async fn start(&self, name: &str) -> Result<(), TaskError> {
         let machine = self.up()?;
         machine.network.look_again().await?;
-        Ok(machine.guest.agent().start_container(name).await?)
+        machine.guest.agent().start_container(name).await?;
+        footprint::shrink();
+        Ok(())
     }
 
     async fn exec(&self, exec: &str, what: &Exec) -> Result<Stdio, TaskError> {

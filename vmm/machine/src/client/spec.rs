@@ -132,6 +132,7 @@ impl MachineSpec {
             mtu: net.mtu,
             queue_pairs: net.queue_pairs,
             tap,
+            udp_segmentation: net.udp_segmentation,
             limits: net.limits,
         });
         self
@@ -153,6 +154,8 @@ pub struct NetSpec {
     pub mtu: u16,
     /// 1 to the number of processors, and at most [`crate::config::MAX_QUEUE_PAIRS`].
     pub queue_pairs: u8,
+    /// See [`NetConfig::udp_segmentation`].
+    pub udp_segmentation: bool,
     pub limits: NetLimits,
 }
 

@@ -310,7 +310,11 @@ const CONTROL: &[Call] = &[
     // the handler of kicks
     any(libc::SYS_rt_sigaction),
     one_of(libc::SYS_fcntl, 1, DESCRIPTOR_FLAGS),
-    one_of(libc::SYS_ioctl, 1, &[FIONBIO, TUNSETVNETHDRSZ]),
+    one_of(
+        libc::SYS_ioctl,
+        1,
+        &[FIONBIO, TUNSETOFFLOAD, TUNSETVNETHDRSZ],
+    ),
     // what a disk is that is put in, and how large
     any(libc::SYS_fstat),
     any(libc::SYS_lseek),

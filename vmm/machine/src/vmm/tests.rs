@@ -78,6 +78,7 @@ fn bus() -> PciRoot {
             guest_ports: vec![],
         }),
         nets: vec![NetConfig {
+            udp_segmentation: false,
             mac: [2, 0, 0, 0, 0, 1],
             mtu: 1500,
             queue_pairs: 2,

@@ -183,6 +183,7 @@ fn send_limited() -> JoinHandle<Duration> {
 
 fn interface(last_byte: u8, mtu: u16, limits: NetLimits) -> NetSpec {
     NetSpec {
+        udp_segmentation: true,
         mac: [2, 0, 0, 0, 0, last_byte],
         mtu,
         queue_pairs: PAIRS,

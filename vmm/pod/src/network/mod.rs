@@ -3,7 +3,7 @@
 //!
 //! Whoever sets a pod's network up (CNI, netavark) puts interfaces with addresses into a network
 //! namespace, as for a process. [`observe`] looks at them, [`plan`] says to the agent what the
-//! guest is to have, and [`plug`] makes a tap for each interface and has the kernel pass every
+//! guest is to have, and [`Plug`] makes a tap for each interface and has the kernel pass every
 //! frame on, by traffic control:
 //!
 //! ```text
@@ -36,7 +36,8 @@ use std::io;
 pub use far_ends::{far_ends, remove_veths};
 pub use namespace::Namespace;
 pub use observe::{Observed, ObservedInterface, observe, plan};
-pub use plug::{Plug, plug};
+pub use plug::Plug;
+pub use tap::taps_segment_udp;
 pub use traffic::traffic;
 pub use vhost::VhostNet;
 

@@ -7,20 +7,16 @@ use rtnetlink::packet_route::link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, L
 
 use super::netlink::Netlink;
 use super::observe::name_of;
-use super::{
-    Doing, Namespace, Observed, ObservedInterface, Result, VhostNet, WiringError, filters, tap,
-};
+use super::{Doing, Namespace, ObservedInterface, Result, VhostNet, WiringError, filters, tap};
 
 /// Descriptors of taps and vhost-net that a machine is started with at most: they go in one message, with others.
 const MOST_DESCRIPTORS: usize = 96;
 
-/// What [`plug`] made.
+/// The taps of a machine.
 #[derive(Debug)]
 pub struct Plug {
     queue_pairs: u8,
     vhost: VhostNet,
-    /// In the order of the interfaces. Empty once they are taken.
-    taps: Vec<TapDescriptors>,
     /// Those that traffic control was set up on.
     interfaces: Vec<Plugged>,
 }
@@ -34,78 +30,49 @@ struct Plugged {
     tap: u32,
 }
 
-/// Makes a tap for each interface and has the kernel pass frames between the two. A tap has a queue for each of the
-/// machine's processors, up to what an interface of a machine can have. So many as `late` may come after these.
-///
-/// What is left of a pod whose supervisor died is replaced. After an error nothing is left.
-///
-/// # Errors
-/// [`WiringError`], with the interface and what was being done.
-pub fn plug(
-    namespace: &Namespace,
-    observed: &Observed,
-    late: usize,
-    vcpus: u8,
-    vhost: VhostNet,
-) -> Result<Plug> {
-    namespace.run(|| {
-        let mut netlink = Netlink::open().doing("opening netlink")?;
-        let mut plug = Plug {
-            queue_pairs: queue_pairs(vcpus, observed.interfaces.len() + late),
-            vhost,
-            taps: Vec::new(),
-            interfaces: Vec::new(),
-        };
-        for interface in &observed.interfaces {
-            if let Err(error) = plug.add(&mut netlink, interface) {
-                // The first error is the one to tell.
-                let _ = plug.clear(&mut netlink);
-                return Err(error);
-            }
-        }
-        Ok(plug)
-    })
-}
-
 impl Plug {
+    /// For so many interfaces at most. A tap has a queue for each of the machine's processors, up to what an interface
+    /// of a machine can have.
+    #[must_use]
+    pub fn new(interfaces: usize, vcpus: u8, vhost: VhostNet) -> Self {
+        Self {
+            queue_pairs: queue_pairs(vcpus, interfaces),
+            vhost,
+            interfaces: Vec::new(),
+        }
+    }
+
     /// Pairs of queues that each interface has.
     #[must_use]
     pub fn queue_pairs(&self) -> u8 {
         self.queue_pairs
     }
 
-    /// The taps, one for each interface, in order, to be handed to the machine. A tap is there until its descriptors
-    /// are closed.
-    pub fn take_taps(&mut self) -> Vec<TapDescriptors> {
-        std::mem::take(&mut self.taps)
-    }
-
-    /// The same for an interface that has come since. After an error nothing is left of it.
+    /// Makes a tap for an interface, to be handed to the machine, and has the kernel pass frames between the two. A tap
+    /// is there until its descriptors are closed.
+    ///
+    /// What is left of a pod whose supervisor died is replaced. After an error nothing is left of it.
     ///
     /// # Errors
-    /// See [`plug`].
-    pub fn add_late(
+    /// [`WiringError`], with the interface and what was being done.
+    pub fn add(
         &mut self,
         namespace: &Namespace,
         interface: &ObservedInterface,
     ) -> Result<TapDescriptors> {
         namespace.run(|| {
             let mut netlink = Netlink::open().doing("opening netlink")?;
-            let added = self.add(&mut netlink, interface);
-            let tap = self.taps.pop();
-            match (added, tap) {
-                (Ok(()), Some(tap)) => Ok(tap),
-                (outcome, _) => {
-                    // A tap that was made went with its descriptors.
-                    self.interfaces
-                        .retain(|plugged| plugged.index != interface.index);
+            let added = self.wire(&mut netlink, interface);
+            if added.is_err() {
+                // The tap went with its descriptors; what is not here is another program's.
+                let ours = |plugged: &Plugged| plugged.index == interface.index;
+                if let Some(place) = self.interfaces.iter().position(ours) {
+                    self.interfaces.remove(place);
+                    // The first error is the one to tell.
                     let _ = filters::clear(&mut netlink, interface.index);
-                    outcome.and_then(|()| {
-                        Err(io::Error::from(io::ErrorKind::NotFound))
-                            .doing_to(&interface.name, "making its tap")
-                    })
                 }
             }
+            added
         })
     }
 
@@ -135,22 +102,31 @@ impl Plug {
         })
     }
 
-    /// Gives the interfaces back to the namespace, and closes what taps were not taken.
+    /// Gives the interfaces back to the namespace.
     ///
     /// # Errors
     /// The first of [`WiringError::Interface`]; all interfaces are tried.
     pub fn teardown(mut self, namespace: &Namespace) -> Result<()> {
         namespace.run(|| {
             let mut netlink = Netlink::open().doing("opening netlink")?;
-            self.clear(&mut netlink)
+            let mut outcome = Ok(());
+            for plugged in self.interfaces.drain(..) {
+                let cleared = filters::clear(&mut netlink, plugged.index)
+                    .doing_to(&plugged.name, "taking filters off");
+                outcome = outcome.and(cleared);
+            }
+            outcome
         })
     }
 
-    fn add(&mut self, netlink: &mut Netlink, interface: &ObservedInterface) -> Result<()> {
+    fn wire(
+        &mut self,
+        netlink: &mut Netlink,
+        interface: &ObservedInterface,
+    ) -> Result<TapDescriptors> {
         let name = &interface.name;
         let (tap_name, queues) = tap::open(name, self.queue_pairs)?;
         let vhost = self.vhost.open(self.queue_pairs)?;
-        self.taps.push(TapDescriptors { queues, vhost });
         let tap = shape_tap(netlink, &tap_name, interface)?;
 
         // The tap's side first: nothing of the guest's gets anywhere before it is checked.
@@ -165,18 +141,8 @@ impl Plug {
             tap,
         });
         let redirected = filters::redirect(netlink, interface.index, tap);
-        traffic_control(redirected, name, step)
-    }
-
-    fn clear(&mut self, netlink: &mut Netlink) -> Result<()> {
-        self.taps.clear();
-        let mut outcome = Ok(());
-        for plugged in self.interfaces.drain(..) {
-            let cleared = filters::clear(netlink, plugged.index)
-                .doing_to(&plugged.name, "taking filters off");
-            outcome = outcome.and(cleared);
-        }
-        outcome
+        traffic_control(redirected, name, step)?;
+        Ok(TapDescriptors { queues, vhost })
     }
 }
 

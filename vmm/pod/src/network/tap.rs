@@ -75,6 +75,22 @@ fn open_queue(interface: &str, name: Name, flags: libc::c_int) -> Result<(OwnedF
     Ok((file.into(), request.ifr_name))
 }
 
+/// Whether taps of this host's kernel take UDP packets to be cut into segments, as they do since Linux 6.2. A tap that
+/// is there could be asked, but the machine's driver wants to know before that.
+#[must_use]
+pub fn taps_segment_udp() -> bool {
+    let release = rustix::system::uname();
+    segments_udp(&release.release().to_string_lossy())
+}
+
+fn segments_udp(release: &str) -> bool {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    let mut number = || numbers.next().and_then(|digits| digits.parse::<u32>().ok());
+    number()
+        .zip(number())
+        .is_some_and(|version| version >= (6, 2))
+}
+
 /// Whether a tap's name is one that [`open`] gives.
 pub fn is_ours(name: &str) -> bool {
     name.strip_prefix(PREFIX).is_some_and(|number| {
@@ -85,6 +101,16 @@ pub fn is_ours(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn udp_segmentation_is_a_matter_of_the_kernels_version() {
+        for release in ["6.2.0", "6.12.43+deb12-cloud-amd64", "7.0-rc1"] {
+            assert!(segments_udp(release), "{release}");
+        }
+        for release in ["5.15.0-91-generic", "6.1.0", "6", "", "x.y"] {
+            assert!(!segments_udp(release), "{release}");
+        }
+    }
 
     #[test]
     fn taps_are_known_by_their_names() {

@@ -200,7 +200,12 @@ fn frames_pass_both_ways() {
 fn every_queue_of_a_tap_sends_and_one_of_them_receives() {
     let world = World::new();
     let mut wire = world.wire();
-    let tap = world.plug_queues(3).unwrap().take_taps().pop().unwrap();
+    let tap = world
+        .plug_queues(3, VhostNet::Off)
+        .unwrap()
+        .taps
+        .pop()
+        .unwrap();
     let mut queues: Vec<_> = tap.queues.into_iter().map(Port::queue).collect();
 
     assert_eq!(queues.len(), 3);
@@ -228,12 +233,11 @@ fn every_queue_of_a_tap_sends_and_one_of_them_receives() {
 #[ignore = "needs vhost-net"]
 fn the_kernel_serves_each_queue_where_it_is_asked_to() {
     let world = World::new();
-    let observed = observe(&world.pod).unwrap();
 
     let opened = [VhostNet::Auto, VhostNet::On, VhostNet::Off].map(|vhost| {
-        let mut plug = plug(&world.pod, &observed, 0, 2, vhost).unwrap();
-        let tap = plug.take_taps().pop().unwrap();
-        plug.teardown(&world.pod).unwrap();
+        let mut plugged = world.plug_queues(2, vhost).unwrap();
+        let tap = plugged.taps.pop().unwrap();
+        plugged.teardown(&world.pod).unwrap();
         tap.vhost.len()
     });
 
@@ -332,12 +336,12 @@ fn the_guest_does_not_reach_the_namespaces_own_stack() {
 fn an_interface_that_comes_late_is_plugged_then() {
     let world = World::new();
     ip(&world.pod, "link set eth0 down");
-    let mut plug = world.plug().unwrap();
-    assert!(plug.take_taps().is_empty());
+    let mut plug = Plug::new(1, 1, VhostNet::Off);
+    assert!(observe(&world.pod).unwrap().interfaces.is_empty());
     ip(&world.pod, "link set eth0 up");
 
     let observed = observe(&world.pod).unwrap();
-    let tap = plug.add_late(&world.pod, &observed.interfaces[0]).unwrap();
+    let tap = plug.add(&world.pod, &observed.interfaces[0]).unwrap();
 
     let mut wire = world.wire();
     let mut tap = Port::queue(tap.queues.into_iter().next().unwrap());
@@ -350,13 +354,15 @@ fn an_interface_that_comes_late_is_plugged_then() {
 fn an_address_that_comes_late_can_be_sent_from_then() {
     let world = World::new();
     let mut wire = world.wire();
-    let mut plug = world.plug().unwrap();
-    let mut tap = Port::tap(&mut plug);
+    let mut plugged = world.plug().unwrap();
+    let mut tap = Port::tap(&mut plugged);
     ip(&world.pod, "address del 10.0.0.2/24 dev eth0");
     ip(&world.pod, "address add 10.0.0.9/24 dev eth0");
 
     let observed = observe(&world.pod).unwrap();
-    plug.guard_anew(&world.pod, &observed.interfaces[0])
+    plugged
+        .plug
+        .guard_anew(&world.pod, &observed.interfaces[0])
         .unwrap();
 
     tap.send(&ipv4(MAC, IP));

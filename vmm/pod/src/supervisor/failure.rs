@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use hull_machine::client::LaunchError;
+use hull_machine::client::{LaunchError, PlugError};
 use hull_machine::control::ExitReason;
 
 use super::installation::InstallationError;
@@ -40,6 +40,8 @@ pub enum PodFailure {
         #[source]
         source: SpecError,
     },
+    #[error("giving the machine a network interface")]
+    Plug(#[from] PlugError),
     #[error("starting the machine")]
     Launch(#[from] LaunchError),
     #[error("the machine ended")]
@@ -73,7 +75,7 @@ impl PodFailure {
             Self::Installation(_) | Self::Launch(_) => "MachineNotStarted",
             Self::Image(_) => "ImageError",
             Self::Volume(_) => "VolumeError",
-            Self::Network(_) | Self::Wiring(_) => "NetworkError",
+            Self::Network(_) | Self::Wiring(_) | Self::Plug(_) => "NetworkError",
             Self::Spec { .. } => "SpecError",
             Self::MachineEnded(ExitReason::Panic) => "GuestPanic",
             Self::MachineEnded(_) => "MachineEnded",

@@ -4,7 +4,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hull_machine::client::{GuestConnection, Machine};
+use hull_machine::client::{GuestConnection, Machine, NetSpec};
+use hull_machine::config::TapDescriptors;
 use hull_protocol::READY_PORT;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, mpsc};
@@ -18,7 +19,6 @@ use super::machine::{SHARE_TAG, spec};
 use super::network::{HostNetwork, PodNetwork};
 use crate::agent::network::Plan;
 use crate::agent::{Agent, AgentError, GuestInfo, Process};
-use crate::manifest::Bandwidth;
 use crate::metrics::Meter;
 use crate::oci::{InfraSpec, MachineSize};
 use crate::volumes::{MemoryVolume, Share};
@@ -34,16 +34,16 @@ pub struct Boot<'a> {
     pub share: &'a Share,
     /// Slots for root file systems on disks, at most [`super::MAX_SLOTS`].
     pub disk_slots: u8,
-    /// Of each of its interfaces.
-    pub bandwidth: Bandwidth,
+    /// See [`HostNetwork::devices`].
+    pub nets: Vec<NetSpec>,
 }
 
 impl Boot<'_> {
-    /// Starts the machine, with what `network` has for it. It dies when what is returned is dropped.
+    /// Starts the machine. It dies when what is returned is dropped.
     ///
     /// # Errors
     /// When a file of Hull's own, KVM or `hull-vmm` says no.
-    pub async fn launch(self, network: &mut HostNetwork) -> Result<Launched, PodFailure> {
+    pub async fn launch(self) -> Result<Launched, PodFailure> {
         let spec = spec(
             self.installation,
             self.size,
@@ -52,7 +52,10 @@ impl Boot<'_> {
         )?;
         let slots = self.disk_slots.min(MAX_SLOTS);
         let spec = (0..slots).fold(spec, |spec, slot| spec.disk_slot(disks::serial(slot)));
-        let spec = network.add_to(spec, self.bandwidth)?;
+        let spec = self
+            .nets
+            .into_iter()
+            .fold(spec, |spec, net| spec.net(net, None));
         let begun = Instant::now();
         let (machine, connections) = Machine::launch(&self.installation.vmm, spec).await?;
         let machine = Arc::new(machine);
@@ -160,15 +163,19 @@ impl Guest {
             .map_err(PodFailure::from)
     }
 
-    /// Gives infra its network, after [`Self::start_infra`].
+    /// Gives the machine its taps, each with the device's place, and infra its network: after [`Self::start_infra`].
     ///
     /// # Errors
-    /// When the agent does not.
-    pub async fn configure_network(
+    /// When the machine or the agent does not.
+    pub async fn connect_network(
         &self,
         infra: &InfraSpec,
         network: &HostNetwork,
+        taps: Vec<(u8, TapDescriptors)>,
     ) -> Result<(), PodFailure> {
+        for (place, tap) in taps {
+            self.machine.plug_net(place, tap).await?;
+        }
         // A sysctl of an interface that there isn't is an error, in a pod without any, too.
         let sysctls = !infra.sysctls.is_empty();
         let plan = network.plan().or_else(|| sysctls.then(Plan::default));

@@ -23,6 +23,7 @@ mod pod;
 mod record;
 mod server;
 mod stop;
+mod work;
 
 pub use console::Console;
 pub use disks::{Disks, DisksError, Inserted, MAX_SLOTS};

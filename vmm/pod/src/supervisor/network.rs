@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use hull_machine::client::{Machine, MachineSpec, NetSpec, PlugError};
+use hull_machine::client::{Machine, NetSpec, PlugError};
 use hull_machine::config::{DirectionLimits, NetLimits, RateLimit, TapDescriptors};
 use tokio::sync::Mutex;
 
@@ -23,10 +23,10 @@ use crate::volumes::NetworkFacts;
 /// So many interfaces somebody else's namespace may get after the machine has been started: Docker wires a
 /// container after it has been made.
 const LATE: usize = 4;
-/// What they have until then: an address of our own (bit 1 of the first byte; IEEE 802), the last byte apart, and
-/// the most that the guest may choose as their MTU.
-const LATE_MAC: [u8; 6] = [0x02, b'h', b'u', b'l', b'l', 0];
-const LATE_MTU: u16 = u16::MAX;
+/// What an interface has until the guest is told its own: an address of ours (bit 1 of the first byte; IEEE 802), the
+/// last byte apart, and the most that the guest may choose as its MTU.
+const FIRST_MAC: [u8; 5] = [0x02, b'h', b'u', b'l', b'l'];
+const MAX_MTU: u16 = u16::MAX;
 
 /// After a pause so much of a second's bytes goes at once, and at least the longest packet.
 const BURSTS_PER_SECOND: u64 = 10;
@@ -41,6 +41,9 @@ pub struct Queues {
 }
 
 /// What the pod has of the host's networks. The default: nothing.
+///
+/// It comes in two steps, since the machine boots in the meantime: first the namespace, and how many interfaces the
+/// machine is to have, then [`Self::connect`].
 #[derive(Debug, Default)]
 pub struct HostNetwork {
     facts: NetworkFacts,
@@ -50,9 +53,10 @@ pub struct HostNetwork {
 /// A namespace whose interfaces are the machine's.
 #[derive(Debug)]
 struct Wiring {
-    /// What netavark has made. None: the namespace is somebody else's.
+    /// What netavark makes. None: the namespace is somebody else's.
     named: Option<(Attachment, Netavark)>,
     namespace: Namespace,
+    /// Nothing until it is connected.
     observed: Observed,
     plug: Plug,
     /// By its place among the machine's network devices, the index of the interface that each is for. None: it is
@@ -70,18 +74,16 @@ struct Change {
 }
 
 impl HostNetwork {
-    /// Makes what was reserved for the pod. `mounts` is the mount namespace for
-    /// what outlives the pod.
-    ///
-    /// What is there of it after an error goes with [`crate::networks::release`], and with the process.
-    pub(super) fn set_up(
+    /// Makes the namespace for what was reserved for the pod. `mounts` is the mount namespace for what outlives the
+    /// pod.
+    pub(super) fn open(
         directories: &Directories,
         dir: &PodDir,
         mounts: OwnedFd,
         limit: Duration,
         queues: Queues,
     ) -> Result<Self, PodFailure> {
-        let Some(mut attachment) = Attachment::open(directories, dir)? else {
+        let Some(attachment) = Attachment::open(directories, dir)? else {
             return Ok(Self::default());
         };
         let facts = attachment.facts();
@@ -92,9 +94,17 @@ impl HostNetwork {
             return Self::join(Namespace::open(path)?, facts, queues);
         }
         let netavark = Netavark::find(directories, limit)?.in_mounts(mounts);
-        let namespace = Namespace::create()?;
-        attachment.setup(&netavark, namespace.as_fd())?;
-        Self::wire(namespace, Some((attachment, netavark)), facts, queues)
+        let interfaces = attachment.memberships().len();
+        Ok(Self {
+            facts,
+            wiring: Some(Wiring {
+                named: Some((attachment, netavark)),
+                namespace: Namespace::create()?,
+                observed: Observed::default(),
+                plug: Plug::new(interfaces, queues.vcpus, queues.vhost),
+                devices: vec![None; interfaces],
+            }),
+        })
     }
 
     /// Takes somebody else's namespace, which may be wired further at any time.
@@ -106,35 +116,42 @@ impl HostNetwork {
         facts: NetworkFacts,
         queues: Queues,
     ) -> Result<Self, PodFailure> {
-        let mut network = Self::wire(namespace, None, facts, queues)?;
-        if let Some(wiring) = &network.wiring {
-            network.facts.addresses = addresses(&wiring.observed);
-        }
-        Ok(network)
-    }
-
-    fn wire(
-        namespace: Namespace,
-        named: Option<(Attachment, Netavark)>,
-        facts: NetworkFacts,
-        queues: Queues,
-    ) -> Result<Self, PodFailure> {
         let observed = network::observe(&namespace)?;
-        let late = if named.is_some() { 0 } else { LATE };
-        let Queues { vcpus, vhost } = queues;
-        let plug = network::plug(&namespace, &observed, late, vcpus, vhost)?;
-        let mut devices: Vec<_> = observed.interfaces.iter().map(|i| Some(i.index)).collect();
-        devices.extend(std::iter::repeat_n(None, late));
+        let devices = observed.interfaces.len() + LATE;
         Ok(Self {
-            facts,
+            facts: NetworkFacts {
+                addresses: addresses(&observed),
+                ..facts
+            },
             wiring: Some(Wiring {
-                named,
+                named: None,
                 namespace,
-                observed,
-                plug,
-                devices,
+                observed: Observed::default(),
+                plug: Plug::new(devices, queues.vcpus, queues.vhost),
+                devices: vec![None; devices],
             }),
         })
+    }
+
+    /// Makes what was reserved for the pod, and a tap for each of its interfaces: to be plugged, each with the device's
+    /// place. Blocks for as long as netavark takes.
+    ///
+    /// What is there of it after an error goes with [`crate::networks::release`], and with the process.
+    ///
+    /// # Errors
+    /// When its interfaces can't be had, or can't be given to a machine.
+    pub fn connect(&mut self) -> Result<Vec<(u8, TapDescriptors)>, PodFailure> {
+        let Some(wiring) = &mut self.wiring else {
+            return Ok(Vec::new());
+        };
+        if let Some((attachment, netavark)) = &mut wiring.named {
+            attachment.setup(netavark, wiring.namespace.as_fd())?;
+        }
+        let change = wiring.look_again()?;
+        if wiring.named.is_none() {
+            self.facts.addresses = addresses(&wiring.observed);
+        }
+        Ok(change.map(|change| change.taps).unwrap_or_default())
     }
 
     /// What the pod's files tell of it.
@@ -156,51 +173,31 @@ impl HostNetwork {
         self.wiring.as_ref().map(Wiring::plan)
     }
 
-    /// Gives the machine its interfaces, each with this bandwidth. Once: the taps go along.
-    pub(super) fn add_to(
-        &mut self,
-        mut spec: MachineSpec,
-        bandwidth: Bandwidth,
-    ) -> Result<MachineSpec, PodFailure> {
-        let Some(wiring) = &mut self.wiring else {
-            return Ok(spec);
+    /// The machine's interfaces, each with this bandwidth. Their links are down until their taps are plugged.
+    #[must_use]
+    pub fn devices(&self, bandwidth: Bandwidth) -> Vec<NetSpec> {
+        let Some(wiring) = &self.wiring else {
+            return Vec::new();
         };
-        let queue_pairs = wiring.plug.queue_pairs();
-        let limits = NetLimits {
-            receive: limits(bandwidth.ingress),
-            transmit: limits(bandwidth.egress),
-        };
-        let taps = wiring.plug.take_taps();
-        for (interface, tap) in wiring.observed.interfaces.iter().zip(taps) {
-            let mtu = u16::try_from(interface.mtu).map_err(|_| WiringError::BadInterface {
-                interface: interface.name.clone(),
-                kind: interface.kind.clone(),
-                reason: format!("its MTU of {} is more than 65535", interface.mtu),
-            })?;
-            let net = NetSpec {
-                mac: interface.mac,
-                mtu,
-                queue_pairs,
-                limits,
-            };
-            spec = spec.net(net, Some(tap));
-        }
-        let to_spare = wiring.devices.iter().filter(|device| device.is_none());
-        for (number, _) in (0..).zip(to_spare) {
-            let [start @ .., _] = LATE_MAC;
-            let [a, b, c, d, e] = start;
-            let net = NetSpec {
+        let udp_segmentation = network::taps_segment_udp();
+        let device = |number| {
+            let [a, b, c, d, e] = FIRST_MAC;
+            NetSpec {
                 mac: [a, b, c, d, e, number],
-                mtu: LATE_MTU,
-                queue_pairs,
-                limits,
-            };
-            spec = spec.net(net, None);
-        }
-        Ok(spec)
+                mtu: MAX_MTU,
+                queue_pairs: wiring.plug.queue_pairs(),
+                udp_segmentation,
+                limits: NetLimits {
+                    receive: limits(bandwidth.ingress),
+                    transmit: limits(bandwidth.egress),
+                },
+            }
+        };
+        let numbers = (0..=u8::MAX).zip(&wiring.devices);
+        numbers.map(|(number, _)| device(number)).collect()
     }
 
-    /// Undoes [`Self::set_up`], when the machine is gone. What fails is logged, and tried again by
+    /// Undoes [`Self::connect`], when the machine is gone. What fails is logged, and tried again by
     /// whoever removes the pod.
     pub fn take_down(&mut self) {
         let Some(wiring) = self.wiring.take() else {
@@ -233,8 +230,8 @@ impl Wiring {
         plan
     }
 
-    /// Looks at somebody else's namespace again. None: nothing has changed. An interface that is gone leaves its
-    /// device unused.
+    /// Looks at the namespace, and makes taps for the interfaces that have none. None: nothing has changed since the
+    /// last look. An interface that is gone leaves its device unused.
     fn look_again(&mut self) -> Result<Option<Change>, WiringError> {
         let observed = network::observe(&self.namespace)?;
         if observed == self.observed {
@@ -256,7 +253,7 @@ impl Wiring {
                     limit: LATE,
                 });
             };
-            let tap = self.plug.add_late(&self.namespace, interface)?;
+            let tap = self.plug.add(&self.namespace, interface)?;
             self.devices[usize::from(place)] = index;
             taps.push((place, tap));
         }

@@ -4,6 +4,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use hull_machine::client::NetSpec;
+use hull_machine::config::TapDescriptors;
 use jiff::Timestamp;
 use tokio::sync::{Mutex, oneshot};
 use tokio::task::JoinSet;
@@ -11,7 +13,7 @@ use tokio::task::JoinSet;
 use super::console::Console;
 use super::container::{Container, Prepared, Role};
 use super::failure::PodFailure;
-use super::guest::{Boot, Guest};
+use super::guest::{Boot, Guest, Launched};
 use super::installation::Installation;
 use super::join::Joins;
 use super::limits::Limits;
@@ -19,9 +21,11 @@ use super::network::{HostNetwork, PodNetwork, Queues};
 use super::record::Record;
 use super::server::Service;
 use super::stop::Stop;
+use super::work::{Outcome, Work};
 use crate::agent::Agent;
 use crate::configuration::Configuration;
 use crate::events::EventType;
+use crate::footprint;
 use crate::images::Store;
 use crate::manifest::PodManifest;
 use crate::network::VhostNet;
@@ -58,9 +62,8 @@ pub(super) struct Pod {
     pub service: Arc<Service>,
 }
 
-/// What is on the host for the pod, before its machine.
+/// What is on the host for the pod's containers.
 struct Ground {
-    share: Arc<Share>,
     memory_volumes: Vec<MemoryVolume>,
     init: Vec<Prepared>,
     containers: Vec<Prepared>,
@@ -104,83 +107,56 @@ impl Pod {
             "setting up network, volumes and root file systems",
         );
         let installation = Installation::find(&self.configuration)?;
-        let network = Arc::new(Mutex::new(self.network().await?));
-        let result = self.live_with(&installation, &network, console).await;
+        let (share, network) = self.open().await?;
+        let nets = network.devices(self.manifest.bandwidth());
+        let network = Arc::new(Mutex::new(network));
+        // On the host, while the machine boots.
+        let mut work = Work::default();
+        let result = self
+            .live_with(&installation, &share, &network, nets, &mut work, console)
+            .await;
+        // What is still under way of it would be left when all else is gone.
+        work.finished().await;
         let mut network = network.lock_owned().await;
         let taken_down = tokio::task::spawn_blocking(move || network.take_down()).await;
         // How the pod ended matters more.
         result.and(taken_down.map_err(PodFailure::from))
     }
 
-    /// What is made here is gone when it returns.
+    /// What is made here is gone when it returns, but for `work`.
     async fn live_with(
         &self,
         installation: &Installation,
+        share: &Arc<Share>,
         network: &Arc<Mutex<HostNetwork>>,
+        nets: Vec<NetSpec>,
+        work: &mut Work,
         console: &mut Option<Console>,
     ) -> Result<(), PodFailure> {
         let facts = network.lock().await.facts().clone();
-        let ground = self.prepare(facts).await?;
-        let guest = tokio::select! {
-            started = self.start(installation, network, &ground, console) => started?,
-            // All that was made so far goes with the future: a machine dies when it is dropped.
+        let taps = work.begin({
+            let network = Arc::clone(network);
+            move || network.blocking_lock().connect()
+        });
+        let started = async {
+            let launched = self.launch(installation, share, nets, console).await?;
+            // Mounts in the share reach the machine's jail from here on, as they do later.
+            let ground = work.begin(self.preparation(share, facts));
+            self.meet(launched, network, ground, taps).await
+        };
+        let (guest, ground) = tokio::select! {
+            started = started => started?,
+            // A machine dies when it is dropped.
             () = self.stop.requested() => return Err(PodFailure::Stopped),
         };
-        let result = self.run_containers(&guest, network, ground).await;
+        let result = self.run_containers(&guest, share, network, ground).await;
         guest.machine().kill();
         guest.machine().wait().await;
         result
     }
 
-    /// From nothing to a guest with its namespaces.
-    async fn start(
-        &self,
-        installation: &Installation,
-        network: &Mutex<HostNetwork>,
-        ground: &Ground,
-        console: &mut Option<Console>,
-    ) -> Result<Guest, PodFailure> {
-        self.progress("Booting", "starting the machine");
-        let (reader, pipe) = Console::open(&self.record.dir().console())?;
-        *console = Some(reader);
-        let mut network = network.lock().await;
-        let boot = Boot {
-            disk_slots: 0,
-            installation,
-            limits: self.service.limits,
-            size: oci::machine_size(&self.manifest, self.configuration.sizing),
-            console: pipe,
-            share: &ground.share,
-            bandwidth: self.manifest.bandwidth(),
-        };
-        let launched = boot.launch(&mut network).await?;
-        self.record.update(|status| status.vmm_pid = launched.pid());
-
-        let (guest, info) = launched.meet().await?;
-        self.record.update(|status| {
-            status.guest_kernel = Some(info.kernel_release);
-            status.agent_version = Some(info.agent_version);
-        });
-        self.record
-            .event(EventType::Normal, "Booted", None, "the agent is ready");
-
-        let infra = oci::infra(&self.manifest);
-        guest.start_infra(&infra, &ground.memory_volumes).await?;
-        self.record
-            .event(EventType::Normal, "InfraStarted", None, "started infra");
-        guest.configure_network(&infra, &network).await?;
-        // As the next.
-        let _ = self.service.meter.set(Arc::new(guest.meter(&network)?));
-        // It can be set but once, and this runs but once.
-        let _ = self.service.agent.set(guest.agent().clone());
-        self.service
-            .pause
-            .begin(guest.machine(), guest.agent().clone());
-        Ok(guest)
-    }
-
-    /// The pod's place in the host's networks. Blocking work, so not on the tasks' thread.
-    async fn network(&self) -> Result<HostNetwork, PodFailure> {
+    /// What the machine is started with: a share without anything in it, and the namespace of its network.
+    async fn open(&self) -> Result<(Arc<Share>, HostNetwork), PodFailure> {
         let directories = self.directories.clone();
         let dir = self.record.dir().clone();
         let limit = self.service.limits.call;
@@ -195,25 +171,90 @@ impl Pod {
                 path: "the host's mount namespace".into(),
                 source,
             })?;
-        let network = tokio::task::spawn_blocking(move || {
-            HostNetwork::set_up(&directories, &dir, mounts, limit, queues)
+        let (share, network) = tokio::task::spawn_blocking(move || {
+            crate::state::private_dir(&dir.share())?;
+            let share = Share::create(&dir.share(), dir.data())?;
+            let network = HostNetwork::open(&directories, &dir, mounts, limit, queues)?;
+            Ok::<_, PodFailure>((Arc::new(share), network))
         })
         .await??;
         self.record
             .update(|status| status.set_addresses(&network.facts().addresses));
-        Ok(network)
+        Ok((share, network))
     }
 
-    /// All on the host that the machine will see. Blocking, too.
-    async fn prepare(&self, network: NetworkFacts) -> Result<Ground, PodFailure> {
+    async fn launch(
+        &self,
+        installation: &Installation,
+        share: &Share,
+        nets: Vec<NetSpec>,
+        console: &mut Option<Console>,
+    ) -> Result<Launched, PodFailure> {
+        self.progress("Booting", "starting the machine");
+        let (reader, pipe) = Console::open(&self.record.dir().console())?;
+        *console = Some(reader);
+        let boot = Boot {
+            disk_slots: 0,
+            installation,
+            limits: self.service.limits,
+            size: oci::machine_size(&self.manifest, self.configuration.sizing),
+            console: pipe,
+            share,
+            nets,
+        };
+        let launched = boot.launch().await?;
+        self.record.update(|status| status.vmm_pid = launched.pid());
+        Ok(launched)
+    }
+
+    /// From a machine that boots to a guest with its namespaces and its network.
+    async fn meet(
+        &self,
+        launched: Launched,
+        network: &Mutex<HostNetwork>,
+        ground: Outcome<Ground>,
+        taps: Outcome<Vec<(u8, TapDescriptors)>>,
+    ) -> Result<(Guest, Ground), PodFailure> {
+        let met = async {
+            let (guest, info) = launched.meet().await?;
+            self.record.update(|status| {
+                status.guest_kernel = Some(info.kernel_release);
+                status.agent_version = Some(info.agent_version);
+            });
+            self.record
+                .event(EventType::Normal, "Booted", None, "the agent is ready");
+            Ok(guest)
+        };
+        // The first of them that fails is the one to tell: nobody waits for the guest when an image is missing.
+        let (guest, ground, taps) = tokio::try_join!(met, ground.wait(), taps.wait())?;
+        let infra = oci::infra(&self.manifest);
+        guest.start_infra(&infra, &ground.memory_volumes).await?;
+        self.record
+            .event(EventType::Normal, "InfraStarted", None, "started infra");
+        let network = network.lock().await;
+        guest.connect_network(&infra, &network, taps).await?;
+        // As the next.
+        let _ = self.service.meter.set(Arc::new(guest.meter(&network)?));
+        // It can be set but once, and this runs but once.
+        let _ = self.service.agent.set(guest.agent().clone());
+        self.service
+            .pause
+            .begin(guest.machine(), guest.agent().clone());
+        Ok((guest, ground))
+    }
+
+    /// Puts all into the share that the containers will see. Blocking work.
+    fn preparation(
+        &self,
+        share: &Arc<Share>,
+        network: NetworkFacts,
+    ) -> impl FnOnce() -> Result<Ground, PodFailure> + Send + 'static {
         let manifest = Arc::clone(&self.manifest);
         let record = Arc::clone(&self.record);
         let data = self.directories.data().to_owned();
-        tokio::task::spawn_blocking(move || {
-            let dir = record.dir();
+        let share = Arc::clone(share);
+        move || {
             let store = Store::open(&data)?;
-            crate::state::private_dir(&dir.share())?;
-            let share = Share::create(&dir.share(), dir.data())?;
             let memory_volumes = share.bind_volumes(&manifest)?;
             share.write_etc(&manifest, &network)?;
             let prepare = |container: &k8s_openapi::api::core::v1::Container, role| {
@@ -240,26 +281,25 @@ impl Pod {
                 .map(|c| prepare(c, Role::Main))
                 .collect::<Result<_, _>>()?;
             Ok(Ground {
-                share: Arc::new(share),
                 memory_volumes,
                 init,
                 containers,
             })
-        })
-        .await?
+        }
     }
 
     /// From infra to the pod's end.
     async fn run_containers(
         &self,
         guest: &Guest,
+        share: &Arc<Share>,
         network: &Arc<Mutex<HostNetwork>>,
         ground: Ground,
     ) -> Result<(), PodFailure> {
         let context = Arc::new(PodContext {
             manifest: Arc::clone(&self.manifest),
             record: Arc::clone(&self.record),
-            share: ground.share,
+            share: Arc::clone(share),
             agent: guest.agent().clone(),
             network: guest.network(network),
             limits: self.service.limits,
@@ -335,6 +375,7 @@ impl Pod {
             status.message = None;
             status.started_at = Some(Timestamp::now());
         });
+        footprint::shrink();
         while let Some(ended) = running.join_next().await {
             ended??;
         }

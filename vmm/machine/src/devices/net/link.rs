@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::counters::Counters;
+use super::segments_udp;
 use super::tap::{KernelTap, Tap};
 use super::vhost::VhostNet;
 use crate::config::TapDescriptors;
@@ -47,6 +48,8 @@ pub struct Link {
     pairs: usize,
     /// The address that the interface has unless its driver takes another.
     first_mac: [u8; 6],
+    /// What its driver may have negotiated, so that every tap must do it.
+    udp_segmentation: bool,
     state: Mutex<State>,
     /// One for each pair: something has changed that it should look at.
     bells: Vec<EventFd>,
@@ -77,13 +80,19 @@ struct Driver {
 }
 
 impl Link {
-    pub fn new(mac: [u8; 6], pairs: usize, backends: Option<Vec<Backend>>) -> io::Result<Self> {
+    pub fn new(
+        mac: [u8; 6],
+        pairs: usize,
+        udp_segmentation: bool,
+        backends: Option<Vec<Backend>>,
+    ) -> io::Result<Self> {
         let bells = (0..pairs)
             .map(|_| EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK))
             .collect::<io::Result<_>>()?;
         Ok(Self {
             pairs,
             first_mac: mac,
+            udp_segmentation,
             state: Mutex::new(State {
                 mac,
                 backends: backends.map(shared),
@@ -262,11 +271,18 @@ impl NetHandle {
     /// Gives the interface its tap, and brings its link up.
     ///
     /// # Errors
-    /// When it has one, or the descriptors are not what an interface with so many queue pairs needs.
+    /// When it has one, or the descriptors are not what an interface with so many queue pairs needs, or the tap can't
+    /// do what was offered.
     pub fn plug(&self, tap: TapDescriptors) -> Result<(), PlugRefused> {
         if self.0.is_up() {
             return Err(PlugRefused::Plugged);
         }
-        self.0.plug(backends(tap, self.0.pairs)?)
+        let backends = backends(tap, self.0.pairs)?;
+        if self.0.udp_segmentation && !backends.first().is_some_and(segments_udp) {
+            return Err(PlugRefused::Tap {
+                errno: libc::EOPNOTSUPP,
+            });
+        }
+        self.0.plug(backends)
     }
 }

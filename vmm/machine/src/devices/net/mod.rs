@@ -145,13 +145,15 @@ impl Net {
             features |= features::MQ;
         }
         let first = backends.as_ref().and_then(|backends| backends.first());
-        if first.is_some_and(segments_udp) {
+        let udp_segmentation = first.map_or(config.udp_segmentation, segments_udp);
+        if udp_segmentation {
             features |= features::UDP_SEGMENTATION;
         }
         let mut queue_sizes = vec![PACKETS; 2 * pairs];
         queue_sizes.push(COMMANDS);
         let now = Instant::now();
-        let link = Link::new(config.mac, pairs, backends).map_err(NetError::Event)?;
+        let link =
+            Link::new(config.mac, pairs, udp_segmentation, backends).map_err(NetError::Event)?;
         let link = Arc::new(link);
         let device = Self {
             features,

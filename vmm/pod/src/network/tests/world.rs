@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use hull_machine::config::TapDescriptors;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, eth, socket_with};
@@ -50,12 +51,16 @@ impl World {
         world
     }
 
-    pub(super) fn plug(&self) -> Result<Plug> {
-        self.plug_queues(1)
+    pub(super) fn plug(&self) -> Result<Plugged> {
+        self.plug_queues(1, VhostNet::Off)
     }
 
-    pub(super) fn plug_queues(&self, count: u8) -> Result<Plug> {
-        plug(&self.pod, &observe(&self.pod)?, 0, count, VhostNet::Off)
+    pub(super) fn plug_queues(&self, count: u8, vhost: VhostNet) -> Result<Plugged> {
+        let observed = observe(&self.pod)?;
+        let mut plug = Plug::new(observed.interfaces.len(), count, vhost);
+        let add = |interface| plug.add(&self.pod, interface);
+        let taps = observed.interfaces.iter().map(add).collect::<Result<_>>()?;
+        Ok(Plugged { plug, taps })
     }
 
     /// What is sent and received at the node's end.
@@ -65,6 +70,20 @@ impl World {
             file: socket.into(),
             header: 0,
         }
+    }
+}
+
+/// A tap for each interface.
+#[derive(Debug)]
+pub(super) struct Plugged {
+    pub(super) plug: Plug,
+    pub(super) taps: Vec<TapDescriptors>,
+}
+
+impl Plugged {
+    pub(super) fn teardown(self, namespace: &Namespace) -> Result<()> {
+        drop(self.taps);
+        self.plug.teardown(namespace)
     }
 }
 
@@ -114,8 +133,8 @@ pub(super) struct Port {
 }
 
 impl Port {
-    pub(super) fn tap(plug: &mut Plug) -> Self {
-        let tap = plug.take_taps().pop().unwrap();
+    pub(super) fn tap(plugged: &mut Plugged) -> Self {
+        let tap = plugged.taps.pop().unwrap();
         let [queue] = <[OwnedFd; 1]>::try_from(tap.queues).unwrap();
         Self::queue(queue)
     }

@@ -117,6 +117,7 @@ fn tap(segments_udp: bool) -> (Backend, Host) {
 
 fn config(queue_pairs: u8, limits: NetLimits) -> NetConfig {
     NetConfig {
+        udp_segmentation: false,
         mac: MAC,
         mtu: 1500,
         queue_pairs,
