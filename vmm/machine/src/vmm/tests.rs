@@ -26,6 +26,12 @@ impl Platform for Nothing {
     fn detach_doorbell(&self, _address: u64, _kick: &EventFd) -> io::Result<()> {
         Ok(())
     }
+
+    fn hold(&self) {}
+
+    fn connect_held(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl MsiLine for Nothing {
@@ -58,9 +64,11 @@ fn bus() -> PciRoot {
         vcpus: 2,
         memory_mib: 64,
         kvm: FdIndex(100),
-        kernel: FdIndex(101),
-        initramfs: None,
-        cmdline: String::new(),
+        start: Start::Boot(BootConfig {
+            kernel: FdIndex(101),
+            initramfs: None,
+            cmdline: String::new(),
+        }),
         console: ConsoleConfig { output: FdIndex(0) },
         shares: vec![ShareConfig {
             tag: "hull".into(),
@@ -91,8 +99,15 @@ fn bus() -> PciRoot {
     };
     let mut descriptors = Descriptors::new(vec![output.into(), disk.into()]);
     let pci = PciRoot::new(memory, Arc::new(Nothing));
-    let (pci, _) =
-        add_devices(pci, &config, &mut descriptors, &shares, Box::new(|_, _| {})).unwrap();
+    let (pci, _) = add_devices(
+        pci,
+        &config,
+        2,
+        &mut descriptors,
+        &shares,
+        Box::new(|_, _| {}),
+    )
+    .unwrap();
     pci
 }
 

@@ -61,6 +61,15 @@ impl VirtioDevice for Device {
         Ok(())
     }
 
+    fn suspend(&mut self) -> io::Result<Suspended> {
+        let activation = self.seen.lock().unwrap().running.take();
+        let queues = activation.iter().flat_map(|it| &it.queues);
+        Ok(Suspended {
+            positions: queues.map(ActiveQueue::position).collect(),
+            state: vec![42],
+        })
+    }
+
     fn reset(&mut self) {
         let mut seen = self.seen.lock().unwrap();
         seen.running = None;
