@@ -552,6 +552,10 @@ impl Follower {
         let pidfd = WaitId::PidFd(self.process.get_ref().as_fd());
         match waitid(pidfd, WaitIdOptions::EXITED) {
             Ok(Some(status)) => match (status.terminating_signal(), status.exit_status()) {
+                // An access to what a mapping of a file has past the file's end. Nothing else is mapped from one.
+                (Some(libc::SIGBUS), _) => ExitReason::Failed(
+                    "the file of its memory is shorter than it was, or can't be read".to_owned(),
+                ),
                 (Some(signal), _) => ExitReason::Killed(signal),
                 (None, Some(code)) => ExitReason::Exited(code),
                 (None, None) => ExitReason::Failed("it ended in an unknown way".to_owned()),

@@ -292,6 +292,12 @@ fn step(vcpu: &mut VcpuFd, mmio: &dyn Mmio) -> Option<ExitReason> {
             )));
         }
         Ok(exit) => return Some(failed(format!("KVM left the guest unexpectedly: {exit:?}"))),
+        Err(error) if error.errno() == libc::EFAULT => {
+            return Some(failed(
+                "the guest's memory can't be reached, as when the file of its memory is shorter than it was"
+                    .to_owned(),
+            ));
+        }
         Err(error) => return Some(failed(format!("KVM_RUN failed: {error}"))),
     }
     None

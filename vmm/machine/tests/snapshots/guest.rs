@@ -63,8 +63,10 @@ fn answer(mut stream: File) {
     lines.read_line(&mut line).unwrap();
     if line.trim() == "wait" {
         line.clear();
-        lines.read_line(&mut line).unwrap();
-        write!(stream, "{line}").unwrap();
+        // In a clone it ends.
+        if lines.read_line(&mut line).is_ok() {
+            write!(stream, "{line}").unwrap();
+        }
         return;
     }
     let answer = std::panic::catch_unwind(|| command(line.trim()));
