@@ -305,3 +305,61 @@ fn put_model_specific(vcpu: &VcpuFd, registers: &[kvm_msr_entry]) -> Result<(), 
     }
     Ok(())
 }
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+
+    fn vcpu(tsc_offset: u64) -> VcpuState {
+        VcpuState {
+            activity: kvm_mp_state::default(),
+            general: kvm_regs::default(),
+            system: kvm_sregs::default(),
+            extended: Extended(Box::default()),
+            extended_control: kvm_xcrs::default(),
+            debug: kvm_debugregs::default(),
+            local_apic: Box::default(),
+            model_specific: vec![kvm_msr_entry::default(); 3],
+            events: kvm_vcpu_events::default(),
+            tsc_offset,
+        }
+    }
+
+    /// A state of two processors that have never run.
+    pub fn sample() -> KvmState {
+        KvmState {
+            clock: ClockState {
+                nanoseconds: 1_000_000_000,
+                host_tsc: 5,
+                tsc_khz: 2_000_000,
+            },
+            cpuid: vec![kvm_cpuid_entry2::default(); 2],
+            vcpus: vec![vcpu(0), vcpu(0)],
+        }
+    }
+
+    #[test]
+    fn counters_that_are_meant_to_be_the_same_become_it() {
+        let second = 2_000_000_000;
+        let mut states = [0, 1000, u64::MAX - 1000, second + 1, u64::MAX - second].map(vcpu);
+
+        VcpuState::align(&mut states, 2_000_000);
+
+        let offsets = states.map(|state| state.tsc_offset);
+        assert_eq!(offsets, [0, 0, 0, second + 1, u64::MAX - second]);
+    }
+
+    #[test]
+    fn a_processor_that_waits_to_be_started_is_off() {
+        let is_off = |activity| {
+            let mut state = vcpu(0);
+            state.activity.mp_state = activity;
+            state.is_off()
+        };
+
+        assert_eq!(
+            [0, 1, 2, 3, 4].map(is_off),
+            [false, true, true, false, false]
+        );
+    }
+}

@@ -147,3 +147,125 @@ fn number(header: &[u8; HEADER], at: usize) -> u32 {
     let bytes = header.get(at..).and_then(<[u8]>::first_chunk);
     bytes.map_or(0, |bytes| u32::from_le_bytes(*bytes))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::kvm::state::tests::sample;
+    use crate::pci::BusState;
+
+    fn machine() -> MachineState {
+        MachineState {
+            memory_mib: 64,
+            kvm: sample(),
+            bus: BusState {
+                bridge: vec![0; 256],
+                functions: Vec::new(),
+            },
+        }
+    }
+
+    fn file(content: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(content).unwrap();
+        file
+    }
+
+    /// A body with the header that it should have.
+    fn with_header(body: &[u8]) -> Vec<u8> {
+        let mut bytes = encode(&machine()).unwrap();
+        bytes.truncate(HEADER);
+        bytes[16..24].copy_from_slice(&(body.len() as u64).to_le_bytes());
+        bytes[24..28].copy_from_slice(&crc32fast::hash(body).to_le_bytes());
+        bytes.extend(body);
+        bytes
+    }
+
+    fn refused(content: &[u8]) -> ReadError {
+        read(file(content).as_fd()).unwrap_err()
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let file = file(&[]);
+
+        write(file.try_clone().unwrap().into(), &machine()).unwrap();
+        let found = read(file.as_fd()).unwrap();
+
+        assert_eq!(encode(&found).unwrap(), encode(&machine()).unwrap());
+    }
+
+    #[test]
+    fn a_file_that_is_no_state_is_refused_with_the_reason() {
+        let good = encode(&machine()).unwrap();
+        let changed = |at: usize, to: u8| {
+            let mut bytes = good.clone();
+            bytes[at] = to;
+            bytes
+        };
+
+        assert!(matches!(refused(&[]), ReadError::Magic));
+        assert!(matches!(refused(&changed(7, 0)), ReadError::Magic));
+        assert!(matches!(refused(&good[..HEADER - 1]), ReadError::Magic));
+        assert!(matches!(refused(&good[..HEADER]), ReadError::Length));
+        assert!(matches!(
+            refused(&changed(8, 0)),
+            ReadError::Version { found: 0 }
+        ));
+        assert!(matches!(
+            refused(&changed(12, 183)),
+            ReadError::Architecture(183)
+        ));
+        assert!(matches!(refused(&changed(23, 1)), ReadError::Length));
+        assert!(matches!(refused(&changed(18, 0x40)), ReadError::Length));
+        assert!(matches!(
+            refused(&changed(25, !good[25])),
+            ReadError::Checksum { .. }
+        ));
+        assert!(matches!(
+            refused(&[&good[..], &[0]].concat()),
+            ReadError::Length
+        ));
+        assert!(matches!(refused(&with_header(&[])), ReadError::Form(_)));
+        let body = [&good[HEADER..], &[0]].concat();
+        assert!(matches!(refused(&with_header(&body)), ReadError::Length));
+    }
+
+    proptest! {
+        #[test]
+        fn any_change_of_a_file_is_noticed(place: prop::sample::Index, bit in 0..8_u32) {
+            let mut bytes = encode(&machine()).unwrap();
+            let place = place.index(bytes.len());
+            bytes[place] ^= 1 << bit;
+
+            prop_assert!(read(file(&bytes).as_fd()).is_err());
+        }
+
+        #[test]
+        fn a_body_of_any_bytes_is_a_state_or_an_error(
+            body in prop::collection::vec(any::<u8>(), 0..20_000),
+        ) {
+            let bytes = with_header(&body);
+
+            // A panic is the failure.
+            drop(read(file(&bytes).as_fd()));
+        }
+
+        #[test]
+        fn a_changed_body_is_a_state_or_an_error(
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..20),
+        ) {
+            let mut body = encode(&machine()).unwrap().split_off(HEADER);
+            for (place, value) in changes {
+                let place = place.index(body.len());
+                body[place] = value;
+            }
+
+            drop(read(file(&with_header(&body)).as_fd()));
+        }
+    }
+}

@@ -62,3 +62,96 @@ fn is_zero(page: &VolatileSlice<'_>) -> bool {
     page.copy_to(&mut copy);
     copy.iter().all(|word| *word == 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::MetadataExt;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::memory::{MemoryError, allocate, from_file};
+
+    const MIB: u64 = 64;
+    const END: u64 = MIB << 20;
+
+    fn memory_with(places: &[u64]) -> GuestMemoryMmap {
+        let memory = allocate(MIB).unwrap();
+        for place in places {
+            memory.write_obj(*place, GuestAddress(*place)).unwrap();
+        }
+        memory
+    }
+
+    fn written(memory: &GuestMemoryMmap) -> File {
+        let file = tempfile::tempfile().unwrap();
+        write(file.try_clone().unwrap().into(), memory).unwrap();
+        file
+    }
+
+    #[test]
+    fn memory_comes_back_and_what_is_zero_takes_no_place() {
+        let places = [8, 0x1000 - 8, 0x20_0000, END / 2 + 16, END - 8];
+
+        let file = written(&memory_with(&places));
+        let memory = from_file(MIB, file.as_fd()).unwrap();
+
+        for place in places {
+            assert_eq!(memory.read_obj::<u64>(GuestAddress(place)).unwrap(), place);
+        }
+        assert_eq!(memory.read_obj::<u64>(GuestAddress(0x5000)).unwrap(), 0);
+        assert_eq!(file.metadata().unwrap().len(), END);
+        assert!(file.metadata().unwrap().blocks() * 512 < 0x10_0000);
+    }
+
+    #[test]
+    fn long_runs_are_whole() {
+        let memory = allocate(MIB).unwrap();
+        let pages = (RUN * 2 + 3) as u64;
+        for page in 0..pages {
+            let place = page * PAGE as u64;
+            memory.write_obj(page + 1, GuestAddress(place)).unwrap();
+        }
+
+        let file = written(&memory);
+        let memory = from_file(MIB, file.as_fd()).unwrap();
+
+        for page in 0..pages {
+            let place = page * PAGE as u64;
+            assert_eq!(
+                memory.read_obj::<u64>(GuestAddress(place)).unwrap(),
+                page + 1
+            );
+        }
+    }
+
+    #[test]
+    fn what_one_machine_writes_reaches_neither_the_file_nor_another_machine() {
+        let file = written(&memory_with(&[0x1000]));
+        let one = from_file(MIB, file.as_fd()).unwrap();
+        let other = from_file(MIB, file.as_fd()).unwrap();
+
+        one.write_obj(1_u64, GuestAddress(0x1000)).unwrap();
+
+        assert_eq!(other.read_obj::<u64>(GuestAddress(0x1000)).unwrap(), 0x1000);
+        let third = from_file(MIB, file.as_fd()).unwrap();
+        assert_eq!(third.read_obj::<u64>(GuestAddress(0x1000)).unwrap(), 0x1000);
+    }
+
+    #[test]
+    fn a_file_of_another_length_or_kind_is_refused() {
+        let file = written(&memory_with(&[]));
+
+        for length in [0, END - 1, END + 1] {
+            file.set_len(length).unwrap();
+            let refused = from_file(MIB, file.as_fd());
+            assert!(matches!(refused, Err(MemoryError::Length { found, .. }) if found == length));
+        }
+        let directory = File::open("/").unwrap();
+        assert!(matches!(
+            from_file(MIB, directory.as_fd()),
+            Err(MemoryError::Kind)
+        ));
+    }
+}
