@@ -34,6 +34,7 @@ impl MachineSpec {
                 blocks: Vec::new(),
                 vsock: None,
                 nets: Vec::new(),
+                balloon: false,
             },
             descriptors: vec![kvm.into(), kernel.into(), console.into()],
         }
@@ -134,6 +135,13 @@ impl MachineSpec {
             tap,
             limits: net.limits,
         });
+        self
+    }
+
+    /// Pages that the guest has freed go back to the host.
+    #[must_use]
+    pub fn balloon(mut self) -> Self {
+        self.config.balloon = true;
         self
     }
 
