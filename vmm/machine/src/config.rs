@@ -25,6 +25,8 @@ pub struct MachineConfig {
     pub blocks: Vec<BlockConfig>,
     pub vsock: Option<VsockConfig>,
     pub nets: Vec<NetConfig>,
+    /// Whether pages that the guest has freed go back to the host ([`crate::devices::balloon`]).
+    pub balloon: bool,
 }
 
 impl MachineConfig {

@@ -27,6 +27,7 @@ use crate::config::{
     TapDescriptors,
 };
 use crate::control::{ConnectRefused, DiskRefused, ExitReason, PlugRefused};
+use crate::devices::balloon::Balloon;
 use crate::devices::block::{Block, BlockHandle};
 use crate::devices::console::Console;
 use crate::devices::fs::{FileSystem, FsConfig, FsError};
@@ -501,6 +502,9 @@ fn add_devices(
             Net::new(net, processors, tap).map_err(|source| BuildError::Net { index, source })?;
         pci.add_virtio(Box::new(device))?;
         handles.nets.push(handle);
+    }
+    if config.balloon {
+        pci.add_virtio(Box::new(Balloon::new()))?;
     }
     Ok((pci, handles))
 }

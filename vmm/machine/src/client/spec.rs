@@ -60,6 +60,7 @@ impl MachineSpec {
                 blocks: Vec::new(),
                 vsock: None,
                 nets: Vec::new(),
+                balloon: false,
             },
             descriptors,
         }
@@ -171,6 +172,13 @@ impl MachineSpec {
             tap,
             limits: net.limits,
         });
+        self
+    }
+
+    /// Pages that the guest has freed go back to the host.
+    #[must_use]
+    pub fn balloon(mut self) -> Self {
+        self.config.balloon = true;
         self
     }
 

@@ -95,6 +95,7 @@ fn bus() -> PciRoot {
             tap: None,
             limits: NetLimits::default(),
         }],
+        balloon: true,
     };
     let shares = Shares {
         roots: vec![share.path().to_owned()],
@@ -144,6 +145,8 @@ fn cve_2015_3456_no_other_function_is_on_the_bus() {
             (5, 0x1af4, 0x1053, 0x07_80_00),
             // network
             (6, 0x1af4, 0x1041, 0x02_00_00),
+            // balloon
+            (7, 0x1af4, 0x1045, 0xff_00_00),
         ]
     );
 }
@@ -166,9 +169,9 @@ fn cve_2015_3456_no_other_page_answers() {
         })
         .collect();
 
-    let bars = (0xC000_8000..0xC003_8000_u64).step_by(0x1000);
-    // Function 0 of the first seven slots.
-    let configuration = (0xE000_0000..0xE003_8000).step_by(0x8000);
+    let bars = (0xC000_8000..0xC004_0000_u64).step_by(0x1000);
+    // Function 0 of the first eight slots.
+    let configuration = (0xE000_0000..0xE004_0000).step_by(0x8000);
     assert_eq!(answers, bars.chain(configuration).collect::<Vec<_>>());
 }
 
