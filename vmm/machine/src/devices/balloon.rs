@@ -13,7 +13,9 @@ use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 use super::worker::{Events, Handler, Readiness, Worker, borrow};
 use crate::virtio::buffers::{Buffers, ChainError};
-use crate::virtio::device::{Activation, ActiveQueue, RING_FEATURES, VirtioDevice};
+use crate::virtio::device::{
+    Activation, ActiveQueue, QueuePosition, RING_FEATURES, Suspended, VirtioDevice,
+};
 
 const DEVICE_TYPE: u32 = 5;
 /// Inflation and deflation, and reporting. Linux and others count only the queues whose feature is offered, so that
@@ -65,6 +67,14 @@ impl VirtioDevice for Balloon {
         Ok(())
     }
 
+    fn suspend(&mut self) -> io::Result<Suspended> {
+        let worker = self.worker.take();
+        Ok(Suspended {
+            positions: worker.map(Worker::suspend).unwrap_or_default(),
+            state: Vec::new(),
+        })
+    }
+
     fn reset(&mut self) {
         self.worker = None;
     }
@@ -100,6 +110,10 @@ impl Handler for Reports {
             }
         }
         Ok(())
+    }
+
+    fn rest(&mut self, _events: &Events) -> Vec<QueuePosition> {
+        self.queues.iter().map(ActiveQueue::position).collect()
     }
 }
 

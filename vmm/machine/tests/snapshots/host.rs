@@ -177,6 +177,7 @@ impl Spec {
         };
         Self {
             machine: machine
+                .balloon()
                 .disk_slot("slot")
                 .share("hull", root, false, CachePolicy::Auto)
                 .vsock(3, vec![READY])

@@ -92,7 +92,7 @@ fn other_devices(template: &Template) {
         more.machine = more.machine.disk_slot("another");
         let refused = Clone::refused(more).await;
         assert!(
-            refused.contains("the machine has 7 devices, not 6"),
+            refused.contains("the machine has 8 devices, not 7"),
             "{refused}"
         );
     });
