@@ -8,6 +8,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::container::cgroup;
 use crate::error::{Doing, Error, Result};
+use crate::growth;
 use crate::modules;
 
 /// The root that containers can be pivoted away from.
@@ -69,6 +70,7 @@ pub fn boot() -> Result<()> {
         mount_at(kind, name, kind, flags, options)?;
     }
     cgroup::set_up()?;
+    growth::take_memory_that_comes()?;
     raise_limits()
 }
 

@@ -7,7 +7,9 @@
 mod boot;
 mod container;
 pub mod endpoint;
+mod entropy;
 pub mod error;
+mod growth;
 mod helper;
 mod message;
 mod modules;

@@ -10,8 +10,10 @@ use tokio::sync::{Notify, mpsc};
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
+use crate::container::stats::total_memory;
 use crate::endpoint::Endpoint;
 use crate::error::{Doing, Result};
+use crate::growth::Growth;
 use crate::pod::Pod;
 use crate::process::Reaper;
 use crate::service::{Service, boot_time};
@@ -52,6 +54,7 @@ impl Agent {
         let shutdown = Arc::new(Notify::new());
         let service = Arc::new(Service {
             pod: Arc::clone(&pod),
+            growth: Growth::new(total_memory()?),
             started,
             ready: boot_time(),
             shutdown: Arc::clone(&shutdown),

@@ -17,7 +17,9 @@ use tokio::sync::Notify;
 use ttrpc::r#async::TtrpcContext;
 
 use crate::container::Exit;
+use crate::entropy;
 use crate::error::{Doing, Error, Result};
+use crate::growth::Growth;
 use crate::pod::Pod;
 use crate::stdio::Size;
 
@@ -25,6 +27,7 @@ use crate::stdio::Size;
 #[derive(Debug)]
 pub struct Service {
     pub pod: Arc<Pod>,
+    pub growth: Growth,
     /// CLOCK_BOOTTIME when the agent started, and when it was ready.
     pub started: Duration,
     pub ready: Duration,
@@ -86,7 +89,12 @@ async fn finish<T: Send + 'static>(
 #[async_trait]
 impl Agent for Service {
     async fn hello(&self, _: &TtrpcContext, request: HelloRequest) -> ttrpc::Result<HelloResponse> {
+        // Before anything else of this machine's happens.
+        if !request.entropy.is_empty() {
+            entropy::reseed(&request.entropy)?;
+        }
         set_clock(&request)?;
+        self.growth.begin(request.vcpus, request.added_memory_mib)?;
         Ok(HelloResponse {
             agent_version: env!("CARGO_PKG_VERSION").into(),
             kernel_release: rustix::system::uname()
@@ -145,6 +153,7 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: StartContainerRequest,
     ) -> ttrpc::Result<Empty> {
+        self.growth.over().await;
         self.pod.start(&request.container_id)?;
         Ok(Empty::new())
     }

@@ -36,13 +36,33 @@ pub async fn serve(agent: Arc<Agent>) -> Result<()> {
             agent.take_stream(connection);
         }
     });
+    // A reset is that of all connections, in a machine that goes on elsewhere: as a clone, or restored. Whoever has
+    // it now is told, too.
+    while host_until_it_goes().await? == Gone::Reset {}
+    Ok(())
+}
+
+/// How the host went.
+#[derive(Debug, PartialEq, Eq)]
+enum Gone {
+    Reset,
+    Closed,
+}
+
+/// Tells the host that the agent is ready, and returns when it has gone.
+async fn host_until_it_goes() -> Result<Gone> {
     let mut ready = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT))
         .await
         .doing(|| "telling the host that the agent is ready".into())?;
     // Nothing comes on it but its end.
     let mut buffer = [0; 64];
-    while let Ok(1..) = ready.read(&mut buffer).await {}
-    Ok(())
+    loop {
+        match ready.read(&mut buffer).await {
+            Ok(1..) => {}
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(Gone::Reset),
+            Ok(0) | Err(_) => return Ok(Gone::Closed),
+        }
+    }
 }
 
 fn listen(port: u32) -> Result<VsockListener> {

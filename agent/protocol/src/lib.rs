@@ -5,7 +5,9 @@
 //! [`STREAM_MAGIC`] and the stream's number (8 bytes, little endian); what
 //! follows is the stream, and its half-close is the stream's end. When the agent is
 //! ready it connects to [`READY_PORT`] of the host; that connection carries
-//! nothing and stays open as long as the agent lives.
+//! nothing and stays open as long as the agent lives. When it is reset, the guest was
+//! cloned or its machine restored: the agent then makes it anew, and the supervisor says
+//! Hello on a new connection for calls.
 
 /// The agent's ttrpc port in the guest.
 pub const AGENT_PORT: u32 = 1024;

@@ -7,6 +7,8 @@ use hull_protocol::agent::{Empty, HelloRequest, StartInfraRequest};
 use crate::world::{World, limit, script, spec};
 
 crate::tests!(
+    hello_can_be_said_again,
+    the_kernels_random_numbers_are_made_new,
     a_waiting_call_holds_up_no_other,
     infra_starts_once,
     names_are_checked,
@@ -14,6 +16,38 @@ crate::tests!(
     shutdown_is_passed_on,
     the_end_of_infra_is_the_end_of_all,
 );
+
+async fn hello_can_be_said_again(world: World) {
+    let again = crate::world::connect(&world.agent).await;
+    let processors = u32::try_from(std::thread::available_parallelism().unwrap().get()).unwrap();
+    let request = HelloRequest {
+        vcpus: processors,
+        ..Default::default()
+    };
+
+    let first = world.client.hello(limit(), &request).await.unwrap();
+    let second = again.hello(limit(), &request).await.unwrap();
+
+    assert_eq!(first, second);
+    let (exit, ..) = world.output("p0", &spec(&["true"])).await;
+    assert_eq!(exit.exit_code, 0);
+}
+
+async fn the_kernels_random_numbers_are_made_new(world: World) {
+    let entropy = |count: usize| HelloRequest {
+        entropy: vec![0xA5; count],
+        ..Default::default()
+    };
+
+    for count in [32, 64] {
+        let said = world.client.hello(limit(), &entropy(count)).await;
+        assert!(said.is_ok(), "{count}: {said:?}");
+    }
+    for count in [1, 31, 65] {
+        let refused = world.client.hello(limit(), &entropy(count)).await;
+        assert!(refused.is_err(), "{count}");
+    }
+}
 
 async fn a_waiting_call_holds_up_no_other(world: World) {
     let mut missing = world.stdio(false).await.numbers;

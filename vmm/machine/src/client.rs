@@ -25,10 +25,12 @@ use tokio::process::{Child, Command};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use self::answers::{Answers, Pending};
-pub use self::spec::{MachineSpec, NetSpec};
+pub use self::spec::{MachineSpec, NetSpec, SnapshotFiles};
 use crate::channel::{self, AsyncChannel, Channel, ChannelError};
 use crate::config::TapDescriptors;
-use crate::control::{ConnectRefused, DiskRefused, Event, ExitReason, PlugRefused, Request};
+use crate::control::{
+    ConnectRefused, DiskRefused, Event, ExitReason, PlugRefused, Request, SnapshotRefused,
+};
 use crate::warnings::WARNING_CHARS;
 
 /// Guest connections that wait for the supervisor; more are closed at once.
@@ -112,6 +114,15 @@ pub enum DiskError {
     Asking(#[from] AskError),
 }
 
+/// Why a machine is not put aside.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    #[error("putting the machine aside")]
+    Refused(#[source] SnapshotRefused),
+    #[error(transparent)]
+    Asking(#[from] AskError),
+}
+
 /// Why `hull-vmm` didn't do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
@@ -149,6 +160,7 @@ pub struct Machine {
     plugs: Arc<Answers<PlugRefused>>,
     disks: Arc<Answers<DiskRefused>>,
     pauses: Arc<Answers<Infallible>>,
+    snapshots: Arc<Answers<SnapshotRefused>>,
     ended: watch::Receiver<Option<ExitReason>>,
 }
 
@@ -173,6 +185,7 @@ impl Machine {
         let plugs = Arc::new(Answers::default());
         let disks = Arc::new(Answers::default());
         let pauses = Arc::new(Answers::default());
+        let snapshots = Arc::new(Answers::default());
         let (running, runs) = oneshot::channel();
         let (guest_connections, accepted) = mpsc::channel(WAITING_CONNECTIONS);
         let (end, ended) = watch::channel(None);
@@ -183,6 +196,7 @@ impl Machine {
             plugs: Arc::clone(&plugs),
             disks: Arc::clone(&disks),
             pauses: Arc::clone(&pauses),
+            snapshots: Arc::clone(&snapshots),
             running: Some(running),
             guest_connections,
             warnings_left: WARNINGS,
@@ -197,6 +211,7 @@ impl Machine {
             plugs,
             disks,
             pauses,
+            snapshots,
             ended,
         };
 
@@ -297,6 +312,19 @@ impl Machine {
         let request = Request::Pause { id: pending.id };
         let paused = self.ask(pending, &request, &[]).await?;
         paused.map_err(|never| match never {})
+    }
+
+    /// Pauses the machine and puts it aside in two files, which are to be empty and open for writing. Whether that goes well
+    /// or not, it stays paused, its devices too, until it is resumed or killed.
+    ///
+    /// # Errors
+    /// When the files can't be written, a device can't be put aside, or the machine has ended.
+    pub async fn snapshot(&self, files: SnapshotFiles) -> Result<(), SnapshotError> {
+        let pending = self.snapshots.begin();
+        let request = Request::Snapshot { id: pending.id };
+        let files = [files.state.as_fd(), files.memory.as_fd()];
+        let taken = self.ask(pending, &request, &files).await?;
+        taken.map_err(SnapshotError::Refused)
     }
 
     /// Lets the guest's processors go on. Done again, it does nothing.
@@ -436,6 +464,7 @@ struct Follower {
     plugs: Arc<Answers<PlugRefused>>,
     disks: Arc<Answers<DiskRefused>>,
     pauses: Arc<Answers<Infallible>>,
+    snapshots: Arc<Answers<SnapshotRefused>>,
     running: Option<oneshot::Sender<()>>,
     guest_connections: mpsc::Sender<GuestConnection>,
     warnings_left: u32,
@@ -482,6 +511,10 @@ impl Follower {
             Event::Plugged { id, result } => self.plugs.finish(id, result),
             Event::DiskChanged { id, result } => self.disks.finish(id, result),
             Event::Paused { id } | Event::Resumed { id } => self.pauses.finish(id, Ok(())),
+            Event::SnapshotTaken { id, result } => {
+                let shown = |SnapshotRefused(why)| SnapshotRefused(printable(&why, REASON_CHARS));
+                self.snapshots.finish(id, result.map_err(shown));
+            }
             Event::GuestConnection { port } => {
                 if let Some(stream) = descriptors.pop().and_then(|fd| stream(fd).ok()) {
                     // When the supervisor has no room or no interest, closing is the answer.
@@ -519,6 +552,10 @@ impl Follower {
         let pidfd = WaitId::PidFd(self.process.get_ref().as_fd());
         match waitid(pidfd, WaitIdOptions::EXITED) {
             Ok(Some(status)) => match (status.terminating_signal(), status.exit_status()) {
+                // An access to what a mapping of a file has past the file's end. Nothing else is mapped from one.
+                (Some(libc::SIGBUS), _) => ExitReason::Failed(
+                    "the file of its memory is shorter than it was, or can't be read".to_owned(),
+                ),
                 (Some(signal), _) => ExitReason::Killed(signal),
                 (None, Some(code)) => ExitReason::Exited(code),
                 (None, None) => ExitReason::Failed("it ended in an unknown way".to_owned()),

@@ -13,31 +13,28 @@ pub struct FdIndex(pub u16);
 /// into one that is here.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MachineConfig {
-    /// Virtual processors, 1 to 64.
+    /// Virtual processors, 1 to 64. Of a snapshot's: how many of its processors run.
     pub vcpus: u8,
-    /// Guest memory in MiB, 64 to 1 TiB.
+    /// Guest memory in MiB, 64 to 1 TiB. A snapshot's is what it was.
     pub memory_mib: u64,
     /// `/dev/kvm`, open for reading and writing.
     pub kvm: FdIndex,
-    /// An ELF kernel with a PVH note (see [`crate::boot::kernel`]).
-    pub kernel: FdIndex,
-    /// The initial RAM file system, in any form that the kernel unpacks.
-    pub initramfs: Option<FdIndex>,
-    /// The kernel's command line, at most 2047 bytes of ASCII.
-    pub cmdline: String,
+    pub start: Start,
     pub console: ConsoleConfig,
     pub shares: Vec<ShareConfig>,
     pub blocks: Vec<BlockConfig>,
     pub vsock: Option<VsockConfig>,
     pub nets: Vec<NetConfig>,
+    /// Whether pages that the guest has freed go back to the host ([`crate::devices::balloon`]).
+    pub balloon: bool,
 }
 
 impl MachineConfig {
     /// How many descriptors the configuration names.
     pub fn descriptors(&self) -> usize {
         let taps = self.nets.iter().filter_map(|net| net.tap.as_ref());
-        // /dev/kvm, the kernel and the console's output.
-        3 + usize::from(self.initramfs.is_some())
+        // /dev/kvm and the console's output.
+        2 + self.start.descriptors()
             + self.shares.len()
             + self
                 .blocks
@@ -45,6 +42,40 @@ impl MachineConfig {
                 .filter(|block| block.disk.is_some())
                 .count()
             + taps.map(TapConfig::descriptors).sum::<usize>()
+    }
+}
+
+/// Where the machine begins.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum Start {
+    /// With a kernel's first instruction.
+    Boot(BootConfig),
+    /// Where a snapshot was taken ([`crate::snapshot`]). The devices must be of the same kinds, in the same number; what
+    /// is behind them may be another.
+    Snapshot {
+        /// The two files, open for reading. They may be shared with other machines.
+        state: FdIndex,
+        memory: FdIndex,
+    },
+}
+
+/// What a machine boots.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BootConfig {
+    /// An ELF kernel with a PVH note (see [`crate::boot::kernel`]).
+    pub kernel: FdIndex,
+    /// The initial RAM file system, in any form that the kernel unpacks.
+    pub initramfs: Option<FdIndex>,
+    /// The kernel's command line, at most 2047 bytes of ASCII.
+    pub cmdline: String,
+}
+
+impl Start {
+    fn descriptors(&self) -> usize {
+        match self {
+            Self::Boot(boot) => 1 + usize::from(boot.initramfs.is_some()),
+            Self::Snapshot { .. } => 2,
+        }
     }
 }
 

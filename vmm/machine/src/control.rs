@@ -29,6 +29,10 @@ pub enum Request {
     Pause { id: u64 },
     /// Let them go on. Answered by [`Event::Resumed`].
     Resume { id: u64 },
+    /// Pause, have the devices stand still, and put the machine aside ([`crate::snapshot`]). It stays so until it is
+    /// resumed or stopped. Attached: the state file and the memory file, empty, open for writing. Answered by
+    /// [`Event::SnapshotTaken`].
+    Snapshot { id: u64 },
     /// End the machine at once, as a power cut would.
     Stop,
 }
@@ -38,6 +42,7 @@ impl Message for Request {
         match self {
             Self::Boot(config) => config.descriptors(),
             Self::Connect { .. } | Self::InsertDisk { .. } => 1,
+            Self::Snapshot { .. } => 2,
             Self::PlugNet { tap, .. } => tap.descriptors(),
             Self::EjectDisk { .. } | Self::Pause { .. } | Self::Resume { .. } | Self::Stop => 0,
         }
@@ -71,6 +76,11 @@ pub enum Event {
     Paused { id: u64 },
     /// The processors go on.
     Resumed { id: u64 },
+    /// How [`Request::Snapshot`] went. The machine is paused in any case.
+    SnapshotTaken {
+        id: u64,
+        result: Result<(), SnapshotRefused>,
+    },
     /// The guest connected to `port` of the host. Attached: the stream.
     GuestConnection { port: u32 },
     /// Something is not as it should be, and the machine goes on.
@@ -89,6 +99,7 @@ impl Message for Event {
             | Self::DiskChanged { .. }
             | Self::Paused { .. }
             | Self::Resumed { .. }
+            | Self::SnapshotTaken { .. }
             | Self::Warning(_)
             | Self::Ended(_) => 0,
         }
@@ -133,6 +144,11 @@ pub enum DiskRefused {
     #[error("it is no regular file or block device: {}", std::io::Error::from_raw_os_error(*.errno))]
     Disk { errno: i32 },
 }
+
+/// Why a machine was not put aside.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{0}")]
+pub struct SnapshotRefused(pub String);
 
 /// Why a machine ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]

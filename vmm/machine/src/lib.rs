@@ -13,6 +13,7 @@ pub mod kvm;
 pub mod layout;
 pub mod memory;
 pub mod pci;
+pub mod snapshot;
 pub mod threads;
 pub mod virtio;
 pub mod vmm;

@@ -1,11 +1,14 @@
-//! The guest's RAM: private anonymous memory on both sides of the gap for devices.
+//! The guest's RAM: private memory on both sides of the gap for devices, anonymous, or what a file has until the guest
+//! writes to it.
 //!
 //! It is never unmapped: the process is the machine, and ends with it.
 
 use std::ptr::null_mut;
 
+use rustix::fd::BorrowedFd;
+use rustix::fs::{FileType, fstat};
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect};
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mmap_anonymous, mprotect};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
     GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
@@ -28,6 +31,14 @@ pub enum MemoryError {
     Size(u64),
     #[error("mapping {bytes} bytes of guest memory")]
     Map { bytes: usize, source: Errno },
+    #[error("the file of a machine's memory is not a regular file")]
+    Kind,
+    #[error(
+        "the file of a machine's memory has {found} bytes, not {expected}: it is not whole, or another machine's"
+    )]
+    Length { expected: u64, found: u64 },
+    #[error("looking at the file of a machine's memory")]
+    File(#[source] Errno),
     #[error("describing a piece of guest memory")]
     Region(#[source] MmapRegionError),
     #[error("putting the pieces of guest memory together")]
@@ -61,39 +72,88 @@ pub fn ranges(memory_mib: u64) -> Result<Vec<(GuestAddress, usize)>, MemoryError
 /// # Errors
 /// When the size is out of bounds, or the host has no address space for it.
 pub fn allocate(memory_mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
+    pieces(memory_mib, |_, size| map(size))
+}
+
+/// Maps the guest's RAM from a file that has all pieces one after the other. What the guest writes stays out of the file.
+///
+/// # Errors
+/// When the size is out of bounds, the file has another one, or the host has no address space for it.
+pub fn from_file(memory_mib: u64, file: BorrowedFd<'_>) -> Result<GuestMemoryMmap, MemoryError> {
+    let sizes = ranges(memory_mib)?.into_iter().map(|(_, size)| size as u64);
+    let expected = sizes.sum();
+    let found = fstat(file).map_err(MemoryError::File)?;
+    if FileType::from_raw_mode(found.st_mode) != FileType::RegularFile {
+        return Err(MemoryError::Kind);
+    }
+    // What lies past the end of the file can't be accessed, which would end the process.
+    let found = u64::try_from(found.st_size).unwrap_or(0);
+    if found != expected {
+        return Err(MemoryError::Length { expected, found });
+    }
+    pieces(memory_mib, |offset, size| map_file(size, file, offset))
+}
+
+/// Maps each piece; `map` is told how many bytes come before it.
+fn pieces(
+    memory_mib: u64,
+    map: impl Fn(u64, usize) -> Result<MmapRegion, MemoryError>,
+) -> Result<GuestMemoryMmap, MemoryError> {
+    let mut before = 0;
     let regions = ranges(memory_mib)?
         .into_iter()
         .map(|(start, size)| {
-            GuestRegionMmap::new(map(size)?, start).ok_or(MemoryError::Size(memory_mib))
+            let region = map(before, size)?;
+            before += size as u64;
+            GuestRegionMmap::new(region, start).ok_or(MemoryError::Size(memory_mib))
         })
         .collect::<Result<Vec<_>, _>>()?;
     GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Pieces)
 }
 
-/// Maps a piece, with pages before and after that nobody can access: an access past its ends must not
-/// reach anything, should a check ever be wrong.
+const FLAGS: MapFlags = MapFlags::PRIVATE.union(MapFlags::NORESERVE);
+
+/// Maps a piece.
 fn map(size: usize) -> Result<MmapRegion, MemoryError> {
-    let failed = |source| MemoryError::Map {
-        bytes: size,
-        source,
-    };
+    let start = reserve(size)?;
+    let access = MprotectFlags::READ | MprotectFlags::WRITE;
+    // SAFETY: the pages are this function's, and nobody knows them yet.
+    unsafe { mprotect(start.cast(), size, access) }.map_err(failed(size))?;
+    region(start, size)
+}
+
+/// Maps a piece that has at first what the file has from `offset` on.
+fn map_file(size: usize, file: BorrowedFd<'_>, offset: u64) -> Result<MmapRegion, MemoryError> {
+    let start = reserve(size)?;
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = FLAGS | MapFlags::FIXED;
+    // SAFETY: the pages that the mapping takes the place of are this function's, and nobody knows them yet.
+    unsafe { mmap(start.cast(), size, access, flags, file, offset) }.map_err(failed(size))?;
+    region(start, size)
+}
+
+fn failed(bytes: usize) -> impl Fn(Errno) -> MemoryError {
+    move |source| MemoryError::Map { bytes, source }
+}
+
+/// Addresses for a piece, with pages before and after that nobody can access: an access past its ends must not
+/// reach anything, should a check ever be wrong. Nor can the pages themselves be accessed yet.
+fn reserve(size: usize) -> Result<*mut u8, MemoryError> {
     let reserved = size
         .checked_add(2 * HUGE_PAGE)
-        .ok_or_else(|| failed(Errno::NOMEM))?;
-    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        .ok_or_else(|| failed(size)(Errno::NOMEM))?;
     // SAFETY: a new mapping where the kernel finds room.
-    let area = unsafe { mmap_anonymous(null_mut(), reserved, ProtFlags::empty(), flags) }
-        .map_err(failed)?
+    let area = unsafe { mmap_anonymous(null_mut(), reserved, ProtFlags::empty(), FLAGS) }
+        .map_err(failed(size))?
         .cast::<u8>();
-    // The next aligned address, at least a page further.
-    let start = area.wrapping_add(HUGE_PAGE - area.addr() % HUGE_PAGE);
-    let access = MprotectFlags::READ | MprotectFlags::WRITE;
-    // SAFETY: the pages lie in the mapping just made, with at most a huge page before and
-    // at least one after.
-    unsafe { mprotect(start.cast(), size, access) }.map_err(failed)?;
+    // The next aligned address: at most a huge page from the start, and at least one from the end.
+    Ok(area.wrapping_add(HUGE_PAGE - area.addr() % HUGE_PAGE))
+}
+
+fn region(start: *mut u8, size: usize) -> Result<MmapRegion, MemoryError> {
     let (protection, flags) = (
         libc::PROT_READ | libc::PROT_WRITE,
-        flags.bits().cast_signed(),
+        FLAGS.bits().cast_signed(),
     );
     // SAFETY: the pages are readable and writable, and stay mapped as long as the process lives.
     unsafe { MmapRegion::build_raw(start, size, protection, flags) }.map_err(MemoryError::Region)

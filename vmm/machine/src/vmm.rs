@@ -3,7 +3,7 @@
 //! One thread, the control thread, owns the [`Machine`]:
 //!
 //! ```text
-//! Machine::build   memory, VM, devices, kernel, processors; starts no thread
+//! Machine::build   memory, VM, devices, kernel, processors; starts no thread, but for the devices of a snapshot
 //! Machine::start   every device thread is ready, the processors run
 //! poll             the control channel, and Machine::ended()
 //! Machine::wait    joins all threads; why it ended
@@ -14,16 +14,20 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
+use kvm_bindings::kvm_cpuid_entry2;
+use kvm_ioctls::VmFd;
 use rustix::process::{Resource, getrlimit};
 use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap};
 
 use crate::boot::{acpi, kernel, pvh, reset};
 use crate::config::{
-    BlockConfig, FdIndex, MachineConfig, NetConfig, ShareConfig, TapConfig, TapDescriptors,
+    BlockConfig, BootConfig, FdIndex, MachineConfig, NetConfig, ShareConfig, Start, TapConfig,
+    TapDescriptors,
 };
 use crate::control::{ConnectRefused, DiskRefused, ExitReason, PlugRefused};
+use crate::devices::balloon::Balloon;
 use crate::devices::block::{Block, BlockHandle};
 use crate::devices::console::Console;
 use crate::devices::fs::{FileSystem, FsConfig, FsError};
@@ -36,11 +40,14 @@ use crate::kvm::cpuid::address_bits;
 use crate::kvm::ending::Ending;
 use crate::kvm::gate::Gate;
 use crate::kvm::interrupts::KvmPlatform;
-use crate::kvm::vcpu::{Mmio, Running, Vcpu};
+use crate::kvm::state::{ClockState, KvmState, VcpuState};
+use crate::kvm::vcpu::{Created, Mmio, Running, States, Vcpu};
 use crate::kvm::vm::{KvmError, Vm};
 use crate::layout::{PCI_MMIO64_SIZE, pci_mmio64_start};
 use crate::memory::{self, MemoryError};
-use crate::pci::{PciError, PciRoot};
+use crate::pci::{PciError, PciRoot, RestoreBusError};
+use crate::snapshot::format::ReadError;
+use crate::snapshot::{self, MachineState, SnapshotError};
 
 /// As many processors as local APIC ids and file system queues are laid out for.
 const MAX_VCPUS: u8 = 64;
@@ -84,6 +91,10 @@ pub enum BuildError {
     Reset(#[source] vm_memory::GuestMemoryError),
     #[error("describing the machine to the kernel")]
     Acpi(#[from] acpi::AcpiError),
+    #[error("reading the snapshot")]
+    Snapshot(#[from] ReadError),
+    #[error("the snapshot is of another machine")]
+    Bus(#[from] RestoreBusError),
 }
 
 /// Why a machine could not be started.
@@ -128,11 +139,31 @@ pub struct Machine {
     nets: Vec<NetHandle>,
     ready: Vec<Vcpu>,
     running: Vec<Running>,
+    aside: Aside,
 }
+
+/// What the machine is put aside with.
+#[derive(Debug)]
+struct Aside {
+    vm: Arc<VmFd>,
+    memory: GuestMemoryMmap,
+    memory_mib: u64,
+    tsc_khz: u32,
+    cpuid: Vec<kvm_cpuid_entry2>,
+    /// Processors that the guest has and that don't run.
+    off: Vec<VcpuState>,
+    /// The running ones tell their states here.
+    states: (States, mpsc::Receiver<ProcessorState>),
+    /// The devices stand still.
+    suspended: bool,
+}
+
+/// A processor's number and its state.
+type ProcessorState = (u8, Result<VcpuState, KvmError>);
 
 impl Machine {
     /// Makes the machine in the calling process, inside its jail: nothing but the shares is opened by
-    /// path, and no thread is started.
+    /// path, and no thread is started, but those of devices that a snapshot has at work.
     ///
     /// `guest_connections` hears of each connection that the guest makes to the host.
     ///
@@ -147,16 +178,45 @@ impl Machine {
         if !(1..=MAX_VCPUS).contains(&config.vcpus) {
             return Err(BuildError::Processors(config.vcpus));
         }
-        let memory = memory::allocate(config.memory_mib)?;
-        let vm = Vm::new(descriptors.take(config.kvm)?, &memory, config.vcpus)?;
+        let (memory, mut state) = load_memory(config, &mut descriptors)?;
+        let processors = match &state {
+            Some(state) => processors(state)?,
+            None => config.vcpus,
+        };
+        let vm = Vm::new(descriptors.take(config.kvm)?, &memory, processors)?;
         let mmio64_start = place_mmio64(&vm, &memory)?;
 
         let platform = Arc::new(KvmPlatform::new(Arc::clone(vm.fd())));
         let pci = PciRoot::new(memory.clone(), platform);
-        let (pci, handles) =
-            add_devices(pci, config, &mut descriptors, &shares, guest_connections)?;
+        let (pci, handles) = add_devices(
+            pci,
+            config,
+            processors,
+            &mut descriptors,
+            &shares,
+            guest_connections,
+        )?;
 
-        let entry = load_guest(config, &mut descriptors, &memory, mmio64_start)?;
+        let created = match (&config.start, &state) {
+            (_, Some(state)) => Vcpu::restore_all(&vm, &state.kvm, config.vcpus)?,
+            (Start::Boot(boot), None) => {
+                let entry = load_guest(boot, processors, &mut descriptors, &memory, mmio64_start)?;
+                Vcpu::create_all(&vm, processors, entry)?
+            }
+            (Start::Snapshot { .. }, None) => return Err(BuildError::Snapshot(ReadError::Magic)),
+        };
+        let Created {
+            vcpus,
+            tsc_khz,
+            cpuid,
+        } = created;
+        let mut off = Vec::new();
+        let mut memory_mib = config.memory_mib;
+        if let Some(state) = state.take() {
+            memory_mib = state.memory_mib;
+            off.extend(state.kvm.vcpus.into_iter().skip(vcpus.len()));
+            pci.restore(state.bus)?;
+        }
         Ok(Self {
             ending: Ending::new().map_err(BuildError::Event)?,
             gate: Gate::default(),
@@ -164,8 +224,18 @@ impl Machine {
             vsock: handles.vsock,
             blocks: handles.blocks,
             nets: handles.nets,
-            ready: Vcpu::create_all(&vm, config.vcpus, entry)?,
+            ready: vcpus,
             running: Vec::new(),
+            aside: Aside {
+                vm: Arc::clone(vm.fd()),
+                memory,
+                memory_mib,
+                tsc_khz,
+                cpuid,
+                off,
+                states: mpsc::channel(),
+                suspended: false,
+            },
         })
     }
 
@@ -177,7 +247,12 @@ impl Machine {
         for vcpu in self.ready.drain(..) {
             let mmio = Arc::clone(&self.pci) as Arc<dyn Mmio>;
             let running = vcpu
-                .start(mmio, self.ending.clone(), &self.gate)
+                .start(
+                    mmio,
+                    self.ending.clone(),
+                    &self.gate,
+                    self.aside.states.0.clone(),
+                )
                 .map_err(|error| {
                     self.ending
                         .end(ExitReason::Failed(format!("starting a processor: {error}")));
@@ -251,9 +326,54 @@ impl Machine {
         self.gate.wait_empty();
     }
 
-    /// Lets the processors go on.
-    pub fn resume(&self) {
+    /// Lets the processors go on, and the devices, if they stand still.
+    pub fn resume(&mut self) {
+        if std::mem::take(&mut self.aside.suspended) {
+            self.pci.resume();
+        }
         self.gate.open();
+    }
+
+    /// Puts the machine aside: pauses it, has the devices stand still, and writes its memory and its state to two empty
+    /// files. It stays so until it is resumed.
+    ///
+    /// # Errors
+    /// When it has ended, a device or KVM can't do it, or the files can't be written.
+    pub fn snapshot(&mut self, state: OwnedFd, memory: OwnedFd) -> Result<(), SnapshotError> {
+        self.pause();
+        if self.ending.is_over() {
+            return Err(SnapshotError::Ended);
+        }
+        self.aside.suspended = true;
+        let bus = self.pci.suspend()?;
+        let kvm = self.kvm_state()?;
+        snapshot::memory::write(memory, &self.aside.memory).map_err(SnapshotError::Memory)?;
+        let machine = MachineState {
+            memory_mib: self.aside.memory_mib,
+            kvm,
+            bus,
+        };
+        Ok(snapshot::format::write(state, &machine)?)
+    }
+
+    /// What KVM has of the machine. The processors are at the gate.
+    fn kvm_state(&self) -> Result<KvmState, SnapshotError> {
+        let aside = &self.aside;
+        self.gate.ask();
+        let mut told: Vec<_> = aside.states.1.iter().take(self.running.len()).collect();
+        told.sort_unstable_by_key(|(number, _)| *number);
+        let mut vcpus = told
+            .into_iter()
+            .map(|(_, state)| state)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(SnapshotError::Processor)?;
+        vcpus.extend(aside.off.iter().cloned());
+        VcpuState::align(&mut vcpus, aside.tsc_khz);
+        Ok(KvmState {
+            clock: ClockState::take(&aside.vm, aside.tsc_khz).map_err(SnapshotError::Clock)?,
+            cpuid: aside.cpuid.clone(),
+            vcpus,
+        })
     }
 
     fn kick(&self) {
@@ -312,6 +432,30 @@ fn place_mmio64(vm: &Vm, memory: &GuestMemoryMmap) -> Result<u64, KvmError> {
     Ok(start)
 }
 
+/// The guest's memory, and where it goes on if it is a snapshot's.
+fn load_memory(
+    config: &MachineConfig,
+    descriptors: &mut Descriptors,
+) -> Result<(GuestMemoryMmap, Option<MachineState>), BuildError> {
+    match config.start {
+        Start::Boot(_) => Ok((memory::allocate(config.memory_mib)?, None)),
+        Start::Snapshot { state, memory } => {
+            let state = snapshot::format::read(descriptors.take(state)?.as_fd())?;
+            let file = descriptors.take(memory)?;
+            let memory = memory::from_file(state.memory_mib, file.as_fd())?;
+            Ok((memory, Some(state)))
+        }
+    }
+}
+
+/// How many processors the guest of a snapshot knows.
+fn processors(state: &MachineState) -> Result<u8, BuildError> {
+    u8::try_from(state.kvm.vcpus.len())
+        .ok()
+        .filter(|count| (1..=MAX_VCPUS).contains(count))
+        .ok_or(BuildError::Processors(u8::MAX))
+}
+
 /// What the control thread asks of devices with.
 #[derive(Debug)]
 struct Handles {
@@ -324,6 +468,7 @@ struct Handles {
 fn add_devices(
     mut pci: PciRoot,
     config: &MachineConfig,
+    processors: u8,
     descriptors: &mut Descriptors,
     shares: &Shares,
     guest_connections: GuestConnections,
@@ -339,7 +484,7 @@ fn add_devices(
         handles.blocks.push(block.handle());
         pci.add_virtio(Box::new(block))?;
     }
-    for share in file_systems(config, shares)? {
+    for share in file_systems(config, processors, shares)? {
         pci.add_virtio(Box::new(share))?;
     }
     if let Some(vsock) = &config.vsock {
@@ -354,9 +499,12 @@ fn add_devices(
             None => None,
         };
         let (device, handle) =
-            Net::new(net, config.vcpus, tap).map_err(|source| BuildError::Net { index, source })?;
+            Net::new(net, processors, tap).map_err(|source| BuildError::Net { index, source })?;
         pci.add_virtio(Box::new(device))?;
         handles.nets.push(handle);
+    }
+    if config.balloon {
+        pci.add_virtio(Box::new(Balloon::new()))?;
     }
     Ok((pci, handles))
 }
@@ -399,7 +547,11 @@ fn own_descriptors(nets: &[NetConfig]) -> u64 {
     OWN_DESCRIPTORS + PAIR_DESCRIPTORS * pairs
 }
 
-fn file_systems(config: &MachineConfig, shares: &Shares) -> Result<Vec<FileSystem>, BuildError> {
+fn file_systems(
+    config: &MachineConfig,
+    processors: u8,
+    shares: &Shares,
+) -> Result<Vec<FileSystem>, BuildError> {
     if config.shares.len() != shares.roots.len() {
         return Err(BuildError::Shares {
             configured: config.shares.len(),
@@ -422,7 +574,7 @@ fn file_systems(config: &MachineConfig, shares: &Shares) -> Result<Vec<FileSyste
             proc_self_fd,
             read_only: share.read_only,
             cache: share.cache,
-            request_queues: config.vcpus.into(),
+            request_queues: processors.into(),
             guest_descriptors: each,
         })?)
     };
@@ -431,14 +583,15 @@ fn file_systems(config: &MachineConfig, shares: &Shares) -> Result<Vec<FileSyste
 
 /// Puts kernel, initramfs and tables into guest memory; the address of the first instruction.
 fn load_guest(
-    config: &MachineConfig,
+    boot: &BootConfig,
+    processors: u8,
     descriptors: &mut Descriptors,
     memory: &GuestMemoryMmap,
     mmio64_start: u64,
 ) -> Result<GuestAddress, BuildError> {
-    let mut kernel_file = File::from(descriptors.take(config.kernel)?);
+    let mut kernel_file = File::from(descriptors.take(boot.kernel)?);
     let kernel = kernel::load(memory, &mut kernel_file)?;
-    let initramfs = match config.initramfs {
+    let initramfs = match boot.initramfs {
         Some(index) => {
             let file = File::from(descriptors.take(index)?);
             Some(pvh::load_initramfs(memory, file, kernel.end)?)
@@ -446,8 +599,8 @@ fn load_guest(
         None => None,
     };
     reset::write(memory).map_err(BuildError::Reset)?;
-    let rsdp = acpi::write(memory, config.vcpus, mmio64_start)?;
-    pvh::write(memory, &config.cmdline, initramfs, rsdp)?;
+    let rsdp = acpi::write(memory, processors, mmio64_start)?;
+    pvh::write(memory, &boot.cmdline, initramfs, rsdp)?;
     Ok(kernel.entry)
 }
 

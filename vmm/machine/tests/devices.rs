@@ -9,6 +9,8 @@
 )]
 
 mod guest;
+#[path = "devices/memory.rs"]
+mod memory;
 #[path = "devices/network.rs"]
 mod network;
 

@@ -20,6 +20,7 @@ use hull_protocol::agent::{
 };
 use hull_protocol::agent_ttrpc::AgentClient;
 use hull_protocol::{AGENT_PORT, STREAM_MAGIC, STREAM_PORT};
+use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::{OwnedRwLockWriteGuard, RwLock};
@@ -37,6 +38,8 @@ use crate::text::{cut, printable};
 const TEXT_MAX: usize = 1024;
 /// The agent is told a limit that is longer by this, so that ours is what ends a call, and says so.
 const LATE: Duration = Duration::from_secs(1);
+/// Random bytes for the guest's kernel: as many as it takes at once.
+const ENTROPY: usize = 64;
 /// More processes than a container is told to have at most.
 const PROCESSES_MAX: usize = 4096;
 
@@ -51,6 +54,8 @@ pub use amounts::{CpuStats, IoStats, MemoryStats, PidsStats, Stats};
 pub enum AgentError {
     #[error("connecting to the agent")]
     Connect(#[source] ConnectError),
+    #[error("getting random bytes for the guest")]
+    Entropy(#[source] io::Error),
     #[error("sending a stream's number to the agent")]
     Stream(#[source] io::Error),
     #[error("the agent did not answer {call} within {} s", limit.as_secs())]
@@ -81,6 +86,15 @@ impl AgentError {
             _ => 128,
         }
     }
+}
+
+/// What the guest is to make of its machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct GuestSize {
+    /// Processors that it uses, at most 64: those that don't run yet are started. 0: those that run.
+    pub vcpus: u8,
+    /// Memory beyond what it has booted with, which the machine is given: containers' programs wait for it.
+    pub added_memory_mib: u64,
 }
 
 /// What the guest says of itself. For people only.
@@ -206,17 +220,25 @@ impl Agent {
         }
     }
 
-    /// Sets the guest's clock, and hears what it is.
+    /// Gives the guest the time, random numbers of its own and its size, and hears what it is. The first call, in a
+    /// machine that was cloned or restored, too.
     ///
     /// # Errors
     /// See [`AgentError`].
-    pub async fn hello(&self) -> Result<GuestInfo, AgentError> {
+    pub async fn hello(&self, size: GuestSize) -> Result<GuestInfo, AgentError> {
+        let mut entropy = vec![0; ENTROPY];
+        // So few bytes come whole.
+        getrandom(&mut entropy, GetRandomFlags::empty())
+            .map_err(|error| AgentError::Entropy(error.into()))?;
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
         let request = HelloRequest {
             realtime_seconds: i64::try_from(now.as_secs()).unwrap_or(i64::MAX),
             realtime_nanoseconds: now.subsec_nanos(),
+            entropy,
+            vcpus: size.vcpus.into(),
+            added_memory_mib: u32::try_from(size.added_memory_mib).unwrap_or(u32::MAX),
             ..Default::default()
         };
         let answer = self

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use hull_machine::boot::kernel::{self, KernelError};
 use hull_machine::channel::{Channel, ChannelError};
 use hull_machine::config::MachineConfig;
-use hull_machine::control::{Event, ExitReason, Request};
+use hull_machine::control::{Event, ExitReason, Request, SnapshotRefused};
 use hull_machine::jail::{self, JailError};
 use hull_machine::threads::{self, ConfineError};
 use hull_machine::vmm::{BuildError, Descriptors, Machine, StartError};
@@ -209,7 +209,7 @@ fn tell_guest_connections(control: &Arc<Channel>) -> Box<dyn Fn(u32, UnixStream)
 }
 
 /// Does what the supervisor asks until the machine ends. `None`: the supervisor is gone.
-fn attend(control: &Arc<Channel>, machine: Machine) -> Result<Option<ExitReason>, VmmError> {
+fn attend(control: &Arc<Channel>, mut machine: Machine) -> Result<Option<ExitReason>, VmmError> {
     loop {
         let mut sources = [
             PollFd::new(control.as_ref(), PollFlags::IN),
@@ -237,6 +237,15 @@ fn attend(control: &Arc<Channel>, machine: Machine) -> Result<Option<ExitReason>
             Some((Request::Resume { id }, _)) => {
                 machine.resume();
                 control.send(&Event::Resumed { id }, &[])?;
+            }
+            Some((Request::Snapshot { id }, mut descriptors)) => {
+                let (Some(memory), Some(state)) = (descriptors.pop(), descriptors.pop()) else {
+                    return Err(VmmError::NoDescriptor);
+                };
+                let result = machine
+                    .snapshot(state, memory)
+                    .map_err(|error| SnapshotRefused(chain(&error)));
+                control.send(&Event::SnapshotTaken { id, result }, &[])?;
             }
             Some((Request::PlugNet { id, index, tap }, descriptors)) => {
                 let result = machine.plug_net(index, &tap, descriptors);

@@ -3,8 +3,8 @@
 use std::os::fd::OwnedFd;
 
 use crate::config::{
-    BlockConfig, CachePolicy, ConsoleConfig, FdIndex, MachineConfig, NetConfig, NetLimits,
-    ShareConfig, TapConfig, TapDescriptors, VsockConfig,
+    BlockConfig, BootConfig, CachePolicy, ConsoleConfig, FdIndex, MachineConfig, NetConfig,
+    NetLimits, ShareConfig, Start, TapConfig, TapDescriptors, VsockConfig,
 };
 
 /// A machine as the supervisor describes it, with the descriptors it hands over.
@@ -21,45 +21,83 @@ impl MachineSpec {
         kernel: impl Into<OwnedFd>,
         console: impl Into<OwnedFd>,
     ) -> Self {
+        let start = Start::Boot(BootConfig {
+            kernel: FdIndex(2),
+            initramfs: None,
+            cmdline: String::new(),
+        });
+        Self::starting(start, vec![kvm.into(), console.into(), kernel.into()])
+    }
+
+    /// A machine that goes on where a snapshot was taken, with one of its processors running, its memory, and a pipe for
+    /// the guest's console. Add the same devices that it had, in the same order; what is behind them may be another.
+    /// The files may be shared by many machines, and removed while they run, but not changed.
+    ///
+    /// The guest's vsock connections are gone; its listeners are there. A share must not have been mounted.
+    pub fn restored(
+        kvm: impl Into<OwnedFd>,
+        files: SnapshotFiles,
+        console: impl Into<OwnedFd>,
+    ) -> Self {
+        let start = Start::Snapshot {
+            state: FdIndex(2),
+            memory: FdIndex(3),
+        };
+        let SnapshotFiles { state, memory } = files;
+        Self::starting(start, vec![kvm.into(), console.into(), state, memory])
+    }
+
+    /// `descriptors` are `/dev/kvm`, the console, and what `start` names.
+    fn starting(start: Start, descriptors: Vec<OwnedFd>) -> Self {
         Self {
             config: MachineConfig {
                 vcpus: 1,
                 memory_mib: 256,
                 kvm: FdIndex(0),
-                kernel: FdIndex(1),
-                initramfs: None,
-                cmdline: String::new(),
-                console: ConsoleConfig { output: FdIndex(2) },
+                start,
+                console: ConsoleConfig { output: FdIndex(1) },
                 shares: Vec::new(),
                 blocks: Vec::new(),
                 vsock: None,
                 nets: Vec::new(),
+                balloon: false,
             },
-            descriptors: vec![kvm.into(), kernel.into(), console.into()],
+            descriptors,
         }
     }
 
+    /// Of a restored machine: how many of its processors run. The others must never have been started by the guest.
     #[must_use]
     pub fn vcpus(mut self, vcpus: u8) -> Self {
         self.config.vcpus = vcpus;
         self
     }
 
+    /// A restored machine has what it had.
     #[must_use]
     pub fn memory_mib(mut self, memory_mib: u64) -> Self {
         self.config.memory_mib = memory_mib;
         self
     }
 
+    /// A restored machine needs none.
     #[must_use]
-    pub fn initramfs(mut self, initramfs: impl Into<OwnedFd>) -> Self {
-        self.config.initramfs = Some(self.attach(initramfs.into()));
+    pub fn initramfs(mut self, file: impl Into<OwnedFd>) -> Self {
+        if matches!(self.config.start, Start::Boot(_)) {
+            let index = self.attach(file.into());
+            if let Start::Boot(boot) = &mut self.config.start {
+                boot.initramfs = Some(index);
+            }
+        }
         self
     }
 
+    /// A restored machine needs none.
     #[must_use]
     pub fn cmdline(mut self, cmdline: impl Into<String>) -> Self {
-        self.config.cmdline = cmdline.into();
+        if let Start::Boot(boot) = &mut self.config.start {
+            boot.cmdline = cmdline.into();
+        }
         self
     }
 
@@ -138,12 +176,26 @@ impl MachineSpec {
         self
     }
 
+    /// Pages that the guest has freed go back to the host.
+    #[must_use]
+    pub fn balloon(mut self) -> Self {
+        self.config.balloon = true;
+        self
+    }
+
     fn attach(&mut self, descriptor: OwnedFd) -> FdIndex {
         // More than the channel takes (and so more than fits) is refused when it is sent.
         let index = u16::try_from(self.descriptors.len()).unwrap_or(u16::MAX);
         self.descriptors.push(descriptor);
         FdIndex(index)
     }
+}
+
+/// The two files of a snapshot: [`crate::snapshot`].
+#[derive(Debug)]
+pub struct SnapshotFiles {
+    pub state: OwnedFd,
+    pub memory: OwnedFd,
 }
 
 /// A network interface; see [`NetConfig`].

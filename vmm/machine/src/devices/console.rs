@@ -10,7 +10,9 @@ use vm_memory::GuestMemoryMmap;
 
 use super::worker::{Events, Handler, Readiness, Worker, borrow};
 use crate::virtio::buffers::{Buffers, Span};
-use crate::virtio::device::{Activation, ActiveQueue, RING_FEATURES, VirtioDevice};
+use crate::virtio::device::{
+    Activation, ActiveQueue, QueuePosition, RING_FEATURES, Suspended, VirtioDevice,
+};
 
 const DEVICE_TYPE: u32 = 3;
 /// Port 0's: input, whose buffers stay with the device unused, and output.
@@ -80,6 +82,14 @@ impl VirtioDevice for Console {
         Ok(())
     }
 
+    fn suspend(&mut self) -> io::Result<Suspended> {
+        let worker = self.worker.take();
+        Ok(Suspended {
+            positions: worker.map(Worker::suspend).unwrap_or_default(),
+            state: Vec::new(),
+        })
+    }
+
     fn reset(&mut self) {
         self.worker = None;
     }
@@ -109,6 +119,10 @@ impl Handler for Transmit {
                 }
                 0
             })
+    }
+
+    fn rest(&mut self, _events: &Events) -> Vec<QueuePosition> {
+        vec![self.transmit.position()]
     }
 }
 

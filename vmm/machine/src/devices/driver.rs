@@ -170,6 +170,7 @@ impl Driver {
             features: device.features(),
             queues,
             config_interrupt: self.interrupts.clone(),
+            resumed: None,
         }
     }
 

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
 
+use super::balloon::{Balloon, Reports};
 use super::block::Block;
 use super::console::Console;
 use super::driver::{AVAILABLE, DESCRIPTORS, Driver, buffer_in};
@@ -77,14 +78,19 @@ fn driver() -> Driver {
 }
 
 /// Lets a device look at one state of the rings after the other, until it gives up.
-fn run(driver: &Driver, mut device: impl Handler, rounds: &[Rings]) {
+fn run(driver: &Driver, device: impl Handler, rounds: &[Rings]) {
+    run_queue(driver, device, 0, rounds);
+}
+
+/// The same with the queue whose events have this token.
+fn run_queue(driver: &Driver, mut device: impl Handler, token: u64, rounds: &[Rings]) {
     let events = Events::new().unwrap();
     device.start(&events).unwrap();
     let mut index = 0;
     for round in rounds {
         write(driver, round, &mut index);
         // An error ends the device's thread.
-        if device.ready(&events, 0, Readiness::IN).is_err() {
+        if device.ready(&events, token, Readiness::IN).is_err() {
             return;
         }
     }
@@ -109,6 +115,16 @@ proptest! {
         let activation = driver.activation(&console);
 
         run(&driver, console.transmit(activation).unwrap(), &rounds);
+    }
+
+    #[test]
+    fn balloon_survives_any_rings(rounds in prop::collection::vec(rings(), 1..8)) {
+        let driver = driver();
+        let mut activation = driver.activation(&Balloon::new());
+        // The one that takes memory away: rings are in it, too.
+        activation.queues.drain(..2);
+
+        run_queue(&driver, Reports::new(activation), 2, &rounds);
     }
 
     #[test]

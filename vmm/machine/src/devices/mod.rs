@@ -1,5 +1,6 @@
 //! The virtio devices. Each has the same rooms: device, queue handling, requests.
 
+pub mod balloon;
 pub mod block;
 pub mod console;
 #[cfg(test)]

@@ -7,7 +7,9 @@ use vm_memory::GuestMemoryMmap;
 
 use super::worker::{Events, Handler, Readiness, Worker, borrow};
 use crate::virtio::buffers::{Buffers, ChainError};
-use crate::virtio::device::{Activation, ActiveQueue, RING_FEATURES, VirtioDevice};
+use crate::virtio::device::{
+    Activation, ActiveQueue, QueuePosition, RING_FEATURES, Suspended, VirtioDevice,
+};
 
 const DEVICE_TYPE: u32 = 4;
 const QUEUE_SIZES: [u16; 1] = [16];
@@ -51,6 +53,14 @@ impl VirtioDevice for Rng {
         Ok(())
     }
 
+    fn suspend(&mut self) -> io::Result<Suspended> {
+        let worker = self.worker.take();
+        Ok(Suspended {
+            positions: worker.map(Worker::suspend).unwrap_or_default(),
+            state: Vec::new(),
+        })
+    }
+
     fn reset(&mut self) {
         self.worker = None;
     }
@@ -81,6 +91,10 @@ impl Handler for Requests {
 
     fn ready(&mut self, _events: &Events, _token: u64, _readiness: Readiness) -> io::Result<()> {
         self.requests.serve(&self.memory, MOST_DESCRIPTORS, fill)
+    }
+
+    fn rest(&mut self, _events: &Events) -> Vec<QueuePosition> {
+        vec![self.requests.position()]
     }
 }
 

@@ -10,6 +10,7 @@ use rustix::event::epoll;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::threads::{self, ThreadClass};
+use crate::virtio::device::QueuePosition;
 
 pub use rustix::event::epoll::EventFlags as Readiness;
 
@@ -89,12 +90,18 @@ pub trait Handler: Send + 'static {
     /// # Errors
     /// Ends the worker: the device serves nothing until the driver resets it.
     fn ready(&mut self, events: &Events, token: u64, readiness: Readiness) -> io::Result<()>;
+
+    /// The worker ends. Where the handler is in its queues, with nothing under way.
+    fn rest(&mut self, _events: &Events) -> Vec<QueuePosition> {
+        Vec::new()
+    }
 }
 
 /// A running device thread. Dropping it ends it.
 #[derive(Debug)]
 pub struct Worker {
     kill: EventFd,
+    rest: mpsc::Receiver<Vec<QueuePosition>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -107,6 +114,7 @@ impl Worker {
         // All descriptors are made by the new thread, so that the caller, which may be
         // a virtual processor's thread, needs no system calls for it.
         let (started, outcome) = mpsc::sync_channel(1);
+        let (ended, rest) = mpsc::sync_channel(1);
         let thread = threads::spawn(ThreadClass::Device, name, move || {
             let (mut handler, events) = match prepare(handler) {
                 Ok((handler, events, kill)) => {
@@ -124,6 +132,8 @@ impl Worker {
             if let Err(error) = run(&mut handler, &events) {
                 log::error!("{name}: the device stops until its driver resets it: {error}");
             }
+            // Whoever wants to know waits for it.
+            drop(ended.send(handler.rest(&events)));
         })?;
         let outcome = outcome
             .recv()
@@ -131,6 +141,7 @@ impl Worker {
         match outcome {
             Ok(kill) => Ok(Self {
                 kill,
+                rest,
                 thread: Some(thread),
             }),
             Err(error) => {
@@ -144,10 +155,15 @@ impl Worker {
     pub fn stop(self) {
         drop(self);
     }
-}
 
-impl Drop for Worker {
-    fn drop(&mut self) {
+    /// Ends the thread, and tells where its handler was.
+    pub fn suspend(mut self) -> Vec<QueuePosition> {
+        self.end();
+        // A thread that panicked has ended the process.
+        self.rest.recv().unwrap_or_default()
+    }
+
+    fn end(&mut self) {
         let Some(thread) = self.thread.take() else {
             return;
         };
@@ -158,6 +174,12 @@ impl Drop for Worker {
         if thread.join().is_err() {
             log::error!("a device thread panicked");
         }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -117,6 +117,15 @@ const KVM_SET_GSI_ROUTING: u32 = kvm_ioctl(1, 0x6A, 8);
 const KVM_KVMCLOCK_CTRL: u32 = kvm_ioctl(0, 0xAD, 0);
 const KVM_IRQFD: u32 = kvm_ioctl(1, 0x76, 32);
 const KVM_IOEVENTFD: u32 = kvm_ioctl(1, 0x79, 64);
+const KVM_GET_MP_STATE: u32 = kvm_ioctl(2, 0x98, 4);
+const KVM_GET_SREGS: u32 = kvm_ioctl(2, 0x83, 312);
+const KVM_GET_XSAVE: u32 = kvm_ioctl(2, 0xA4, 4096);
+const KVM_GET_XCRS: u32 = kvm_ioctl(2, 0xA6, 392);
+const KVM_GET_DEBUGREGS: u32 = kvm_ioctl(2, 0xA1, 128);
+const KVM_GET_LAPIC: u32 = kvm_ioctl(2, 0x8E, 1024);
+const KVM_GET_MSRS: u32 = kvm_ioctl(3, 0x88, 8);
+const KVM_GET_VCPU_EVENTS: u32 = kvm_ioctl(2, 0x9F, 64);
+const KVM_GET_CLOCK: u32 = kvm_ioctl(2, 0x7C, 48);
 
 /// Configuration accesses of the guest are done here, too: routes of MSI-X vectors,
 /// notifications of queues, and what a device makes before its threads start.
@@ -126,8 +135,16 @@ const VCPU: &[Call] = &[
         1,
         &[
             KVM_RUN,
-            // where the guest was when KVM could not go on
+            // where the guest was when KVM could not go on; and, with the others, a snapshot
             KVM_GET_REGS,
+            KVM_GET_MP_STATE,
+            KVM_GET_SREGS,
+            KVM_GET_XSAVE,
+            KVM_GET_XCRS,
+            KVM_GET_DEBUGREGS,
+            KVM_GET_LAPIC,
+            KVM_GET_MSRS,
+            KVM_GET_VCPU_EVENTS,
             // after a pause
             KVM_KVMCLOCK_CTRL,
             KVM_SET_GSI_ROUTING,
@@ -313,8 +330,12 @@ const CONTROL: &[Call] = &[
     one_of(
         libc::SYS_ioctl,
         1,
-        &[FIONBIO, TUNSETOFFLOAD, TUNSETVNETHDRSZ],
+        &[FIONBIO, TUNSETOFFLOAD, TUNSETVNETHDRSZ, KVM_GET_CLOCK],
     ),
+    // devices that go on after a snapshot
+    any(libc::SYS_epoll_create1),
+    any(libc::SYS_epoll_ctl),
+    any(libc::SYS_eventfd2),
     // what a disk is that is put in, and how large
     any(libc::SYS_fstat),
     any(libc::SYS_lseek),

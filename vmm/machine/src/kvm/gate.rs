@@ -17,6 +17,8 @@ struct State {
     closed: bool,
     /// Processors that may be in the guest.
     within: usize,
+    /// How often those outside have been asked for their state.
+    asked: u64,
 }
 
 impl Gate {
@@ -44,6 +46,15 @@ impl Gate {
         );
     }
 
+    /// Has every processor tell its state, on its own thread (see [`Pass::check`]); they stay outside. The gate is closed
+    /// and empty.
+    pub fn ask(&self) {
+        let mut state = self.state();
+        state.asked = state.asked.wrapping_add(1);
+        drop(state);
+        self.0.changed.notify_all();
+    }
+
     /// Lets all processors go on.
     pub fn open(&self) {
         self.state().closed = false;
@@ -60,8 +71,8 @@ impl Gate {
 pub struct Pass(Gate);
 
 impl Pass {
-    /// Waits while the gate is closed. Returns whether it was.
-    pub fn check(&self) -> bool {
+    /// Waits while the gate is closed. Returns whether it was. Meanwhile `tell` is called each time that somebody asks.
+    pub fn check(&self, mut tell: impl FnMut()) -> bool {
         let shared = &self.0.0;
         let mut state = self.0.state();
         if !state.closed {
@@ -69,10 +80,20 @@ impl Pass {
         }
         state.within -= 1;
         shared.changed.notify_all();
-        state = shared
-            .changed
-            .wait_while(state, |state| state.closed)
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut asked = state.asked;
+        loop {
+            state = shared
+                .changed
+                .wait_while(state, |state| state.closed && state.asked == asked)
+                .unwrap_or_else(PoisonError::into_inner);
+            if !state.closed {
+                break;
+            }
+            asked = state.asked;
+            drop(state);
+            tell();
+            state = self.0.state();
+        }
         state.within += 1;
         true
     }
@@ -97,7 +118,7 @@ mod tests {
     fn an_open_gate_keeps_nobody() {
         let gate = Gate::default();
 
-        assert!(!gate.pass().check());
+        assert!(!gate.pass().check(|| ()));
     }
 
     #[test]
@@ -110,7 +131,7 @@ mod tests {
                 let passes = &passes;
                 scope.spawn(move || {
                     while passes.load(Ordering::Relaxed) < 1_000_000 {
-                        pass.check();
+                        pass.check(|| ());
                         passes.fetch_add(1, Ordering::Relaxed);
                     }
                 });
@@ -126,6 +147,34 @@ mod tests {
 
             assert_eq!(before, after);
         });
+    }
+
+    #[test]
+    fn each_tells_its_state_once_for_each_time_that_it_is_asked() {
+        let gate = Gate::default();
+        let (told, heard) = std::sync::mpsc::channel();
+        gate.close();
+        thread::scope(|scope| {
+            for number in 0..3 {
+                let (pass, told) = (gate.pass(), told.clone());
+                scope.spawn(move || pass.check(|| told.send(number).unwrap()));
+            }
+            gate.wait_empty();
+
+            let rounds: Vec<Vec<i32>> = (0..2)
+                .map(|_| {
+                    gate.ask();
+                    let mut round: Vec<_> = heard.iter().take(3).collect();
+                    round.sort_unstable();
+                    round
+                })
+                .collect();
+            gate.open();
+
+            assert_eq!(rounds, [[0, 1, 2], [0, 1, 2]]);
+        });
+        drop(told);
+        assert!(heard.recv().is_err());
     }
 
     #[test]

@@ -69,6 +69,16 @@ impl Platform for KvmPlatform {
             .unregister_ioevent(kick, &IoEventAddress::Mmio(address), NoDatamatch)
             .map_err(io::Error::from)
     }
+
+    fn hold(&self) {
+        self.routes.lock().held = true;
+    }
+
+    fn connect_held(&self) -> io::Result<()> {
+        let mut table = self.routes.lock();
+        table.held = false;
+        self.routes.commit(&table)
+    }
 }
 
 #[derive(Debug)]
@@ -82,6 +92,8 @@ struct Table {
     /// Interrupt numbers given out: 0 up to this.
     lines: u32,
     messages: BTreeMap<u32, MsiMessage>,
+    /// Changes wait: KVM is told once for all of them.
+    held: bool,
 }
 
 impl Routes {
@@ -94,6 +106,9 @@ impl Routes {
     fn set(&self, number: u32, message: MsiMessage) -> io::Result<()> {
         let mut table = self.lock();
         if table.messages.insert(number, message) == Some(message) {
+            return Ok(());
+        }
+        if table.held {
             return Ok(());
         }
         let result = self.commit(&table);

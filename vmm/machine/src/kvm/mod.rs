@@ -6,5 +6,6 @@ pub mod gate;
 pub mod interrupts;
 pub mod ports;
 pub mod registers;
+pub mod state;
 pub mod vcpu;
 pub mod vm;

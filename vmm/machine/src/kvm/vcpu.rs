@@ -5,8 +5,10 @@ use std::ffi::{c_int, c_void};
 use std::ptr::null_mut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
+use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -14,6 +16,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use super::cpuid::{self, Processors};
 use super::ending::Ending;
 use super::gate::{Gate, Pass};
+use super::state::{KvmState, VcpuState};
 use super::vm::{KvmError, Vm, call};
 use super::{ports, registers};
 use crate::control::ExitReason;
@@ -32,6 +35,8 @@ pub trait Mmio: Send + Sync + std::fmt::Debug {
 pub struct Vcpu {
     fd: VcpuFd,
     id: u8,
+    /// See [`Vm::model_specific`].
+    model_specific: Arc<[u32]>,
     // Dropped last: the guest runs in it.
     _memory: GuestMemoryMmap,
 }
@@ -41,42 +46,92 @@ impl Vcpu {
     ///
     /// # Errors
     /// When a system call fails.
-    pub fn create_all(vm: &Vm, count: u8, entry: GuestAddress) -> Result<Vec<Self>, KvmError> {
-        register_signal_handler(kick_signal(), leave_guest).map_err(call("sigaction"))?;
-        let vcpus = (0..count)
-            .map(|id| Self::create(vm, count, id))
-            .collect::<Result<Vec<_>, _>>()?;
-        if let Some(first) = vcpus.first() {
+    pub fn create_all(vm: &Vm, count: u8, entry: GuestAddress) -> Result<Created, KvmError> {
+        let (vcpus, processors) = Self::make(vm, count, count)?;
+        let created = Created::new(vm, vcpus, processors)?;
+        for vcpu in &created.vcpus {
+            vcpu.reset()?;
+        }
+        if let Some(first) = created.vcpus.first() {
             first.enter_at(entry)?;
         }
-        Ok(vcpus)
+        Ok(created)
     }
 
-    fn create(vm: &Vm, count: u8, id: u8) -> Result<Self, KvmError> {
-        let fd = vm
-            .fd()
-            .create_vcpu(id.into())
-            .map_err(call("KVM_CREATE_VCPU"))?;
+    /// Makes the first `run` processors of a machine again, and has the guest's clocks go on.
+    ///
+    /// # Errors
+    /// When this host is another than that on which the state was taken, the state is none, or one of the other
+    /// processors is needed.
+    pub fn restore_all(vm: &Vm, state: &KvmState, run: u8) -> Result<Created, KvmError> {
+        let most = state.vcpus.len();
+        let (runs, rest) = state
+            .vcpus
+            .split_at_checked(run.into())
+            .filter(|(runs, _)| !runs.is_empty())
+            .ok_or(KvmError::TooMany {
+                wanted: run,
+                has: most,
+            })?;
+        if let Some(needed) = rest.iter().rposition(|vcpu| !vcpu.is_off()) {
+            return Err(KvmError::Runs(runs.len() + needed));
+        }
+        let known = vm.model_specific();
+        if !runs.iter().all(|vcpu| vcpu.has_only(known)) {
+            return Err(KvmError::OtherRegisters);
+        }
+        let count = u8::try_from(most).map_err(|_| KvmError::Processors {
+            wanted: u8::MAX,
+            max: usize::from(u8::MAX),
+        })?;
+        let (vcpus, mut processors) = Self::make(vm, count, run)?;
+        let since = state.clock.put(vm.fd(), processors.tsc_khz)?;
+        // What the guest knows, though the host may have measured it anew.
+        processors.tsc_khz = state.clock.tsc_khz;
+        let created = Created::new(vm, vcpus, processors)?;
+        check_cpuid(&state.cpuid, &created.cpuid)?;
+        for (vcpu, state) in created.vcpus.iter().zip(runs) {
+            state.put(&vcpu.fd, since)?;
+        }
+        Ok(created)
+    }
+
+    /// Makes the first `run` of `count` processors, as they are before they have their CPUID.
+    fn make(vm: &Vm, count: u8, run: u8) -> Result<(Vec<Self>, Processors), KvmError> {
+        register_signal_handler(kick_signal(), leave_guest).map_err(call("sigaction"))?;
+        let make = |id: u8| {
+            let fd = vm.fd().create_vcpu(id.into());
+            Ok(Self {
+                fd: fd.map_err(call("KVM_CREATE_VCPU"))?,
+                id,
+                model_specific: Arc::clone(vm.model_specific()),
+                _memory: vm.memory().clone(),
+            })
+        };
+        let vcpus: Vec<_> = (0..run).map(make).collect::<Result<_, KvmError>>()?;
+        let tsc_khz = match vcpus.first() {
+            Some(first) => first.fd.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))?,
+            None => 0,
+        };
         let processors = Processors {
             count,
-            tsc_khz: fd.get_tsc_khz().map_err(call("KVM_GET_TSC_KHZ"))?,
+            tsc_khz,
             deadline_timer: vm.deadline_timer(),
         };
-        let cpuid = cpuid::of_processor(vm.supported_cpuid(), processors, id)?;
-        fd.set_cpuid2(&cpuid).map_err(call("KVM_SET_CPUID2"))?;
+        Ok((vcpus, processors))
+    }
+
+    /// Sets the model-specific registers that differ from what KVM sets at reset.
+    fn reset(&self) -> Result<(), KvmError> {
         let msrs = registers::model_specific()
             .map_err(|source| KvmError::List("model-specific registers", source))?;
-        let set = fd.set_msrs(&msrs).map_err(call("KVM_SET_MSRS"))?;
+        let set = self.fd.set_msrs(&msrs).map_err(call("KVM_SET_MSRS"))?;
         if set != msrs.as_slice().len() {
             return Err(KvmError::Lacks(
                 "a model-specific register of every x86-64 processor",
             ));
         }
-        Ok(Self {
-            fd,
-            id,
-            _memory: vm.memory().clone(),
-        })
+        Ok(())
     }
 
     fn enter_at(&self, entry: GuestAddress) -> Result<(), KvmError> {
@@ -89,7 +144,8 @@ impl Vcpu {
             .map_err(call("KVM_SET_REGS"))
     }
 
-    /// Runs it on a thread of its own until the machine ends, while the gate is open.
+    /// Runs it on a thread of its own until the machine ends, while the gate is open. Asked at the gate, it tells
+    /// `states` its number and its state.
     ///
     /// # Errors
     /// When there is no thread to be had.
@@ -98,21 +154,27 @@ impl Vcpu {
         mmio: Arc<dyn Mmio>,
         ending: Ending,
         gate: &Gate,
+        states: States,
     ) -> std::io::Result<Running> {
         let name = format!("vcpu{}", self.id);
         let pass = gate.pass();
         let thread = threads::spawn(ThreadClass::Vcpu, &name, move || {
-            self.run(&*mmio, &ending, &pass);
+            self.run(&*mmio, &ending, &pass, &states);
         })?;
         Ok(Running(thread))
     }
 
-    fn run(mut self, mmio: &dyn Mmio, ending: &Ending, pass: &Pass) {
+    fn run(mut self, mmio: &dyn Mmio, ending: &Ending, pass: &Pass, states: &States) {
         IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
         loop {
             // Before looking whether there is a reason to stay out: who has one says so before it kicks.
             self.fd.set_kvm_immediate_exit(0);
-            if pass.check() {
+            let tell = || {
+                let state = VcpuState::take(&self.fd, &self.model_specific);
+                // Who asked waits for it.
+                drop(states.send((self.id, state)));
+            };
+            if pass.check(tell) {
                 // The guest's watchdogs are to know that it was not their fault. A guest without
                 // kvmclock can't be told.
                 let _ = self.fd.kvmclock_ctrl();
@@ -125,6 +187,53 @@ impl Vcpu {
             }
         }
         IMMEDIATE_EXIT.set(null_mut());
+    }
+}
+
+/// Where processors tell their states.
+pub type States = Sender<(u8, Result<VcpuState, KvmError>)>;
+
+/// The processors of a machine that run, and what they have in common with those that don't.
+#[derive(Debug)]
+pub struct Created {
+    pub vcpus: Vec<Vcpu>,
+    /// What their time stamp counters count at.
+    pub tsc_khz: u32,
+    /// What the first answers to CPUID.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+}
+
+impl Created {
+    /// Gives all of them their CPUID.
+    fn new(vm: &Vm, vcpus: Vec<Vcpu>, processors: Processors) -> Result<Self, KvmError> {
+        let of = |id| cpuid::of_processor(vm.supported_cpuid(), processors, id);
+        for vcpu in &vcpus {
+            vcpu.fd
+                .set_cpuid2(&of(vcpu.id)?)
+                .map_err(call("KVM_SET_CPUID2"))?;
+        }
+        Ok(Self {
+            vcpus,
+            tsc_khz: processors.tsc_khz,
+            cpuid: of(0)?.as_slice().to_vec(),
+        })
+    }
+}
+
+/// Whether a guest that has seen one can go on with the other.
+fn check_cpuid(was: &[kvm_cpuid_entry2], is: &[kvm_cpuid_entry2]) -> Result<(), KvmError> {
+    let differs = |entry: &kvm_cpuid_entry2| KvmError::OtherProcessor {
+        function: entry.function,
+        index: entry.index,
+    };
+    for (was, is) in was.iter().zip(is) {
+        if was != is {
+            return Err(differs(was));
+        }
+    }
+    match was.get(is.len()).or(is.get(was.len())) {
+        Some(further) => Err(differs(further)),
+        None => Ok(()),
     }
 }
 
@@ -183,6 +292,12 @@ fn step(vcpu: &mut VcpuFd, mmio: &dyn Mmio) -> Option<ExitReason> {
             )));
         }
         Ok(exit) => return Some(failed(format!("KVM left the guest unexpectedly: {exit:?}"))),
+        Err(error) if error.errno() == libc::EFAULT => {
+            return Some(failed(
+                "the guest's memory can't be reached, as when the file of its memory is shorter than it was"
+                    .to_owned(),
+            ));
+        }
         Err(error) => return Some(failed(format!("KVM_RUN failed: {error}"))),
     }
     None

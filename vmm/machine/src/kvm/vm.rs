@@ -39,6 +39,27 @@ pub enum KvmError {
         "the machine's memory and devices end at {end:#x}, past the {bits} address bits of this host's processors"
     )]
     AddressBits { end: u64, bits: u8 },
+    #[error(
+        "the snapshot was made on another processor, or with another kernel on the host: \
+         CPUID leaf {function:#x}, index {index} is not what it was"
+    )]
+    OtherProcessor { function: u32, index: u32 },
+    #[error(
+        "the snapshot was made on a host whose processors count at {was} kHz, those of this one do at {is} kHz"
+    )]
+    OtherRate { was: u32, is: u32 },
+    #[error("the snapshot has model-specific registers that KVM doesn't have here")]
+    OtherRegisters,
+    #[error(
+        "KVM refuses the value {value:#x} of the snapshot's model-specific register {index:#x}"
+    )]
+    Register { index: u32, value: u64 },
+    #[error(
+        "processor {0} of the snapshot runs: a machine made of it needs all processors up to that one"
+    )]
+    Runs(usize),
+    #[error("the snapshot has {has} processors, {wanted} can't run")]
+    TooMany { wanted: u8, has: usize },
     #[error("making the list of {0}")]
     List(&'static str, #[source] vmm_sys_util::fam::Error),
     /// A system call.
@@ -57,6 +78,8 @@ pub struct Vm {
     fd: Arc<VmFd>,
     /// What a processor of this host can do in a guest.
     cpuid: CpuId,
+    /// Those that KVM saves.
+    model_specific: Arc<[u32]>,
     deadline_timer: bool,
     memory: GuestMemoryMmap,
 }
@@ -73,6 +96,9 @@ impl Vm {
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(call("KVM_GET_SUPPORTED_CPUID"))?;
+        let model_specific = kvm
+            .get_msr_index_list()
+            .map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
         let fd = kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
 
         // Interrupts come as messages to the local APICs. There are no other controllers: a guest
@@ -96,6 +122,7 @@ impl Vm {
             fd: Arc::new(fd),
             deadline_timer: kvm.check_extension(Cap::TscDeadlineTimer),
             cpuid,
+            model_specific: model_specific.as_slice().into(),
             memory: memory.clone(),
         })
     }
@@ -113,6 +140,11 @@ impl Vm {
     /// What this host's processors can do in a guest, before it is made one processor's.
     pub fn supported_cpuid(&self) -> &CpuId {
         &self.cpuid
+    }
+
+    /// The model-specific registers that a processor's state has, as far as the processor has them.
+    pub fn model_specific(&self) -> &Arc<[u32]> {
+        &self.model_specific
     }
 
     /// Whether KVM emulates the local APIC's TSC deadline mode, which its CPUID doesn't tell.

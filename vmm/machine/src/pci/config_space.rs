@@ -140,6 +140,18 @@ impl ConfigSpace {
         }
     }
 
+    /// All of it.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Takes from `bytes` what a guest can have written.
+    pub fn restore(&mut self, bytes: &[u8]) {
+        for ((byte, mask), new) in self.bytes.iter_mut().zip(&self.writable).zip(bytes) {
+            *byte = (*byte & !mask) | (new & mask);
+        }
+    }
+
     fn set(&mut self, offset: u8, data: &[u8]) {
         let start = usize::from(offset);
         self.bytes[start..start + data.len()].copy_from_slice(data);

@@ -8,16 +8,17 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::PciError;
 use super::config_space::{COMMAND_MEMORY, ConfigSpace, Identity, header, natural};
-use super::msix::{self, Msix};
+use super::msix::{self, Msix, VectorState};
 use super::platform::{MsiLine, Platform};
 use crate::layout::{PCI_MMIO32_SIZE, PCI_MMIO32_START};
 use crate::virtio::device::{Interrupt, VirtioDevice};
-use crate::virtio::transport::{COMMON_SIZE, Transport};
+use crate::virtio::transport::{COMMON_SIZE, RestoreError, Transport, TransportState};
 
 /// Size of the BAR; the layout below leaves a page for each structure.
 pub const BAR_SIZE: u32 = 0x8000;
@@ -68,6 +69,15 @@ impl Place {
     fn set(&self, address: Option<u32>) {
         self.0.store(address.unwrap_or(0), Ordering::Release);
     }
+}
+
+/// A function as it is put aside.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct FunctionState {
+    /// Configuration space.
+    pub config: Vec<u8>,
+    pub vectors: Vec<VectorState>,
+    pub transport: TransportState,
 }
 
 /// One virtio device on the bus.
@@ -193,6 +203,36 @@ impl VirtioFunction {
     /// Ends the device. The guest finds it as it was before its driver came.
     pub fn stop(&mut self) {
         self.transport.reset();
+    }
+
+    /// Has the device stand still. See [`Transport::suspend`].
+    pub fn suspend(&mut self) -> io::Result<FunctionState> {
+        Ok(FunctionState {
+            config: self.config.bytes().to_vec(),
+            vectors: self.msix.state(),
+            transport: self.transport.suspend()?,
+        })
+    }
+
+    /// Has the device go on.
+    pub fn resume(&mut self) {
+        self.transport.resume();
+    }
+
+    /// Makes this function, that no guest has seen yet, what `state` says, but for its device.
+    pub fn restore(&mut self, state: &FunctionState) {
+        self.config.restore(&state.config);
+        let control = self.config.u16(self.msix_capability + 2);
+        self.msix.restore(&state.vectors, control);
+        self.follow_bar();
+    }
+
+    /// Has the device go on where `state` says, when interrupts reach the guest. See [`Transport::restore`].
+    ///
+    /// # Errors
+    /// When it can't be what is said of it.
+    pub fn restore_device(&mut self, state: TransportState) -> Result<(), RestoreError> {
+        self.transport.restore(state)
     }
 
     /// Answers where the configuration says, with the doorbells there too.

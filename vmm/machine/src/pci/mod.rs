@@ -12,13 +12,16 @@ mod tests;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 
 use crate::layout::{PCI_ECAM_SIZE, PCI_ECAM_START, PCI_MMIO32_START};
 use crate::virtio::device::VirtioDevice;
+use crate::virtio::transport::RestoreError;
 
 use config_space::ConfigSpace;
 pub use config_space::Identity;
+pub use function::FunctionState;
 use function::{BAR_SIZE, Place, VirtioFunction};
 use platform::Platform;
 
@@ -52,6 +55,34 @@ pub enum PciError {
     Doorbell(#[source] std::io::Error),
     #[error("cannot set up an interrupt line: {0}")]
     Line(#[source] std::io::Error),
+}
+
+/// The bus as it is put aside.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct BusState {
+    /// The host bridge's configuration space.
+    pub bridge: Vec<u8>,
+    /// Slot 1 and on.
+    pub functions: Vec<FunctionState>,
+}
+
+/// Why a device doesn't stand still.
+#[derive(Debug, thiserror::Error)]
+#[error("the device in slot {slot} can't stand still: {source}")]
+pub struct SuspendError {
+    slot: u8,
+    source: std::io::Error,
+}
+
+/// Why a bus is not what a state says.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreBusError {
+    #[error("the machine has {found} devices, not {expected}")]
+    Devices { expected: usize, found: usize },
+    #[error("the device in slot {slot}")]
+    Device { slot: u8, source: RestoreError },
+    #[error("connecting the devices' interrupts")]
+    Interrupts(#[source] std::io::Error),
 }
 
 /// A function of the bus, as the guest finds it.
@@ -144,6 +175,62 @@ impl PciRoot {
         } else if let Some((mut function, offset)) = self.bar(address, data.len()) {
             function.write_bar(offset, data);
         }
+    }
+
+    /// Has every device stand still: none touches the guest's memory until [`Self::resume`]. No processor may run.
+    ///
+    /// # Errors
+    /// When one can't. Those before it stand still.
+    pub fn suspend(&self) -> Result<BusState, SuspendError> {
+        let suspend = |(number, slot): (u8, &Slot)| {
+            let state = lock(&slot.function).suspend();
+            state.map_err(|source| SuspendError {
+                slot: number,
+                source,
+            })
+        };
+        Ok(BusState {
+            bridge: lock(&self.bridge).bytes().to_vec(),
+            functions: (1..)
+                .zip(&self.slots)
+                .map(suspend)
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Has every device go on that was suspended.
+    pub fn resume(&self) {
+        for slot in &self.slots {
+            lock(&slot.function).resume();
+        }
+    }
+
+    /// Makes a bus that no guest has seen yet what `state` says; its devices go on.
+    ///
+    /// # Errors
+    /// When they are other devices, or can't be what is said of them. The bus is to be stopped then.
+    pub fn restore(&self, state: BusState) -> Result<(), RestoreBusError> {
+        if state.functions.len() != self.slots.len() {
+            return Err(RestoreBusError::Devices {
+                expected: state.functions.len(),
+                found: self.slots.len(),
+            });
+        }
+        lock(&self.bridge).restore(&state.bridge);
+        self.platform.hold();
+        for (slot, state) in self.slots.iter().zip(&state.functions) {
+            lock(&slot.function).restore(state);
+        }
+        let connected = self.platform.connect_held();
+        connected.map_err(RestoreBusError::Interrupts)?;
+        for ((number, slot), state) in (1..).zip(&self.slots).zip(state.functions) {
+            let restored = lock(&slot.function).restore_device(state.transport);
+            restored.map_err(|source| RestoreBusError::Device {
+                slot: number,
+                source,
+            })?;
+        }
+        Ok(())
     }
 
     /// Resets every device: none has a thread or touches the guest's memory afterwards.

@@ -6,6 +6,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::platform::{MsiLine, MsiMessage};
 
 /// Message control: enables MSI-X.
@@ -28,6 +30,15 @@ struct Vector {
     /// What the line delivers now, if it is connected.
     connected: Option<MsiMessage>,
     line: Arc<dyn MsiLine>,
+}
+
+/// A vector as it is put aside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VectorState {
+    pub address: u64,
+    pub data: u32,
+    pub masked: bool,
+    pub pending: bool,
 }
 
 /// The MSI-X state of a function.
@@ -56,6 +67,37 @@ impl Msix {
             vectors,
             enabled: false,
             mask_all: false,
+        }
+    }
+
+    /// All vectors.
+    pub fn state(&self) -> Vec<VectorState> {
+        let state = |vector: &Vector| VectorState {
+            address: u64::from(vector.address_high) << 32 | u64::from(vector.address_low),
+            data: vector.data,
+            masked: vector.masked,
+            pending: vector.connected.is_none() && vector.line.is_pending(),
+        };
+        self.vectors.iter().map(state).collect()
+    }
+
+    /// Puts all vectors back, as many as there are, and then the message control register.
+    pub fn restore(&mut self, state: &[VectorState], control: u16) {
+        for (vector, state) in self.vectors.iter_mut().zip(state) {
+            let [low, high] = [state.address, state.address >> 32]
+                .map(|half| u32::try_from(half & 0xffff_ffff).unwrap_or_default());
+            vector.set_register(0, low);
+            vector.set_register(1, high);
+            vector.data = state.data;
+            vector.masked = state.masked;
+        }
+        self.set_control(control);
+        for (vector, state) in self.vectors.iter().zip(state) {
+            if state.pending
+                && let Err(error) = vector.line.signal()
+            {
+                log::warn!("an interrupt that a clone should get: {error}");
+            }
         }
     }
 

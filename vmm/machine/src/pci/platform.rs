@@ -67,4 +67,14 @@ pub trait Platform: Debug + Send + Sync {
     /// # Errors
     /// When there is no such doorbell.
     fn detach_doorbell(&self, address: u64, kick: &EventFd) -> io::Result<()>;
+
+    /// Lines that are connected from now on deliver their messages only when [`Self::connect_held`] is called. For many at
+    /// once, before the guest runs.
+    fn hold(&self);
+
+    /// Ends what [`Self::hold`] began.
+    ///
+    /// # Errors
+    /// When the hypervisor refuses one of the messages: none is delivered.
+    fn connect_held(&self) -> io::Result<()>;
 }

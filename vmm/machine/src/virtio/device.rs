@@ -6,7 +6,8 @@
 
 use std::sync::Arc;
 
-use virtio_queue::Queue;
+use serde::{Deserialize, Serialize};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -42,6 +43,44 @@ pub struct ActiveQueue {
     pub interrupt: Arc<dyn Interrupt>,
 }
 
+impl ActiveQueue {
+    /// Where the device is in it. No request may be under way.
+    pub fn position(&self) -> QueuePosition {
+        QueuePosition::of(self.index, &self.queue)
+    }
+}
+
+/// How far a device has come in a queue, all that it has taken being given back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueuePosition {
+    /// The queue's number in the device.
+    pub index: u16,
+    /// Of the available ring, modulo 2^16: the next request to be taken.
+    pub next_available: u16,
+    /// Of the used ring, modulo 2^16.
+    pub next_used: u16,
+}
+
+impl QueuePosition {
+    pub fn of(index: u16, queue: &Queue) -> Self {
+        Self {
+            index,
+            next_available: queue.next_avail(),
+            next_used: queue.next_used(),
+        }
+    }
+}
+
+/// A device that stands still. It goes on when it is activated with this, in this machine or in a clone of it.
+#[derive(Debug, Clone, Default)]
+pub struct Suspended {
+    /// Of the queues in which the device has moved; the others are where they were.
+    pub positions: Vec<QueuePosition>,
+    /// What the device has to remember besides, in a form of its own. The machine that it comes from need not have been
+    /// this one, and is not trusted.
+    pub state: Vec<u8>,
+}
+
 /// All that a device needs to run.
 #[derive(Debug)]
 pub struct Activation {
@@ -52,6 +91,8 @@ pub struct Activation {
     pub queues: Vec<ActiveQueue>,
     /// Signals a change of the device's configuration.
     pub config_interrupt: Arc<dyn Interrupt>,
+    /// [`Suspended::state`], where the driver has been at work before. None: it has just come.
+    pub resumed: Option<Vec<u8>>,
 }
 
 /// A virtio device, without its transport.
@@ -78,6 +119,13 @@ pub trait VirtioDevice: Send + std::fmt::Debug {
 
     /// Starts the device's threads. An error sets `DEVICE_NEEDS_RESET`.
     fn activate(&mut self, activation: Activation) -> std::io::Result<()>;
+
+    /// Ends the device's threads and drops its queues, as [`Self::reset`] does, with all requests finished that were
+    /// taken; but to the driver it only stands still. The device is then reset, or activated with what is returned.
+    ///
+    /// # Errors
+    /// When the device can't go on later. Then it can only be reset.
+    fn suspend(&mut self) -> std::io::Result<Suspended>;
 
     /// Ends the device's threads and drops its queues before it returns, so that no
     /// access to guest memory is under way afterwards. A device may be activated again.

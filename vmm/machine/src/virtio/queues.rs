@@ -4,6 +4,7 @@
 //! comes out can be read, and checked against the guest's memory, but never changed:
 //! no write of the driver can reach what has been checked.
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap};
 
@@ -33,7 +34,7 @@ pub enum QueueError {
 }
 
 /// What the driver reads back.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Registers {
     pub size: u16,
     pub descriptors: u64,
@@ -67,6 +68,15 @@ impl OpenQueue {
                 device: 0,
             },
         }
+    }
+
+    /// With registers that a driver has set before, if it can have.
+    pub fn with(max_size: u16, registers: Registers) -> Option<Self> {
+        let fits = registers.size.is_power_of_two() && registers.size <= max_size;
+        fits.then_some(Self {
+            max_size,
+            registers,
+        })
     }
 
     pub fn registers(&self) -> &Registers {

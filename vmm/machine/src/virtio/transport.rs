@@ -4,13 +4,17 @@
 //! change; at `DRIVER_OK` it is consumed, its queues are checked and handed to the device
 //! by value, and what stays here, [`Frozen`], can only be read.
 
+mod state;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
+use virtio_queue::QueueT;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::device::{Activation, ActiveQueue, Interrupt, VirtioDevice};
+pub use self::state::{QueueState, RestoreError, TransportState};
+use super::device::{Activation, ActiveQueue, Interrupt, Suspended, VirtioDevice};
 use super::queues::{EnabledQueue, OpenQueue, Part, QueueError, Registers};
 use super::status::{self, Step};
 
@@ -77,6 +81,8 @@ pub struct Transport {
     config_generation: u8,
     status: u8,
     phase: Phase,
+    /// What the device goes on with, while it stands still.
+    suspended: Option<Suspended>,
 }
 
 #[derive(Debug)]
@@ -207,6 +213,7 @@ impl Transport {
             config_generation: 0,
             status: 0,
             phase,
+            suspended: None,
         }
     }
 
@@ -265,6 +272,7 @@ impl Transport {
         if matches!(self.phase, Phase::Frozen(_)) {
             self.device.reset();
         }
+        self.suspended = None;
         for kick in &self.kicks {
             // An error means that there was no notification to forget.
             drop(kick.read());
@@ -481,7 +489,7 @@ impl Transport {
         let (frozen, enabled) = configuring.freeze();
         let features = frozen.driver_features;
         self.phase = Phase::Frozen(frozen);
-        match self.start(features, enabled) {
+        match self.start(features, enabled, None) {
             Ok(()) => self.status |= status::DRIVER_OK,
             Err(error) => {
                 log::warn!(
@@ -497,13 +505,21 @@ impl Transport {
         &mut self,
         features: u64,
         enabled: Vec<(usize, EnabledQueue)>,
+        suspended: Option<Suspended>,
     ) -> Result<(), StartError> {
         let event_idx = features & EVENT_IDX != 0;
+        let positions = suspended
+            .as_ref()
+            .map_or(&[][..], |suspended| &suspended.positions);
         let mut queues = Vec::with_capacity(enabled.len());
         for (index, queue) in enabled {
-            let queue = queue
+            let mut queue = queue
                 .check(&self.memory, event_idx)
                 .map_err(|error| StartError::Queue(index, error))?;
+            if let Some(position) = positions.iter().find(|it| usize::from(it.index) == index) {
+                queue.set_next_avail(position.next_available);
+                queue.set_next_used(position.next_used);
+            }
             let kick = self.kicks[index]
                 .try_clone()
                 .map_err(StartError::Descriptor)?;
@@ -519,6 +535,7 @@ impl Transport {
             features,
             queues,
             config_interrupt: self.interrupt(&self.config_vector),
+            resumed: suspended.map(|suspended| suspended.state),
         };
         self.device.activate(activation).map_err(StartError::Device)
     }

@@ -1,14 +1,17 @@
 //! What a guest can reach besides RAM, against a list. (Ports have theirs in `kvm::ports`.)
 
 use std::fs::File;
+use std::sync::Once;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use proptest::prelude::*;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::config::{CachePolicy, ConsoleConfig, NetLimits, VsockConfig};
 use crate::layout::{HIGH_RAM_START, LOW_RAM_END, PCI_ECAM_START};
-use crate::pci::FunctionInfo;
 use crate::pci::platform::{MsiLine, MsiMessage, Platform};
+use crate::pci::{BusState, FunctionInfo};
 
 /// A hypervisor that does nothing.
 #[derive(Debug)]
@@ -24,6 +27,12 @@ impl Platform for Nothing {
     }
 
     fn detach_doorbell(&self, _address: u64, _kick: &EventFd) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn hold(&self) {}
+
+    fn connect_held(&self) -> io::Result<()> {
         Ok(())
     }
 }
@@ -58,9 +67,11 @@ fn bus() -> PciRoot {
         vcpus: 2,
         memory_mib: 64,
         kvm: FdIndex(100),
-        kernel: FdIndex(101),
-        initramfs: None,
-        cmdline: String::new(),
+        start: Start::Boot(BootConfig {
+            kernel: FdIndex(101),
+            initramfs: None,
+            cmdline: String::new(),
+        }),
         console: ConsoleConfig { output: FdIndex(0) },
         shares: vec![ShareConfig {
             tag: "hull".into(),
@@ -85,6 +96,7 @@ fn bus() -> PciRoot {
             tap: None,
             limits: NetLimits::default(),
         }],
+        balloon: true,
     };
     let shares = Shares {
         roots: vec![share.path().to_owned()],
@@ -92,8 +104,15 @@ fn bus() -> PciRoot {
     };
     let mut descriptors = Descriptors::new(vec![output.into(), disk.into()]);
     let pci = PciRoot::new(memory, Arc::new(Nothing));
-    let (pci, _) =
-        add_devices(pci, &config, &mut descriptors, &shares, Box::new(|_, _| {})).unwrap();
+    let (pci, _) = add_devices(
+        pci,
+        &config,
+        2,
+        &mut descriptors,
+        &shares,
+        Box::new(|_, _| {}),
+    )
+    .unwrap();
     pci
 }
 
@@ -127,6 +146,8 @@ fn cve_2015_3456_no_other_function_is_on_the_bus() {
             (5, 0x1af4, 0x1053, 0x07_80_00),
             // network
             (6, 0x1af4, 0x1041, 0x02_00_00),
+            // balloon
+            (7, 0x1af4, 0x1045, 0xff_00_00),
         ]
     );
 }
@@ -149,8 +170,150 @@ fn cve_2015_3456_no_other_page_answers() {
         })
         .collect();
 
-    let bars = (0xC000_8000..0xC003_8000_u64).step_by(0x1000);
-    // Function 0 of the first seven slots.
-    let configuration = (0xE000_0000..0xE003_8000).step_by(0x8000);
+    let bars = (0xC000_8000..0xC004_0000_u64).step_by(0x1000);
+    // Function 0 of the first eight slots.
+    let configuration = (0xE000_0000..0xE004_0000).step_by(0x8000);
     assert_eq!(answers, bars.chain(configuration).collect::<Vec<_>>());
+}
+
+/// Registers of a function, from its BAR on: the common configuration is its first page.
+struct Registers<'a> {
+    pci: &'a PciRoot,
+    bar: u64,
+}
+
+impl Registers<'_> {
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.pci.mmio_write(self.bar + offset, data);
+    }
+
+    fn read16(&self, offset: u64) -> u16 {
+        let mut data = [0; 2];
+        self.pci.mmio_read(self.bar + offset, &mut data);
+        u16::from_le_bytes(data)
+    }
+}
+
+/// All but the host bridge's.
+fn slots(pci: &PciRoot) -> impl Iterator<Item = u64> {
+    1..pci.functions().len() as u64
+}
+
+/// Does what the drivers of all devices do, up to `DRIVER_OK`, with small queues one after the other.
+fn drive(pci: &PciRoot) {
+    let mut place = 0x1000_u64;
+    for slot in slots(pci) {
+        pci.mmio_write(PCI_ECAM_START + slot * 0x8000 + 4, &[6, 0]);
+        let registers = Registers {
+            pci,
+            bar: 0xC000_0000 + slot * 0x8000,
+        };
+        for status in [1, 3] {
+            registers.write(0x14, &[status]);
+        }
+        // VIRTIO_F_VERSION_1, and no more.
+        registers.write(0x08, &1_u32.to_le_bytes());
+        registers.write(0x0c, &1_u32.to_le_bytes());
+        registers.write(0x14, &[11]);
+        for queue in 0..registers.read16(0x12) {
+            registers.write(0x16, &queue.to_le_bytes());
+            registers.write(0x18, &8_u16.to_le_bytes());
+            for (register, offset) in [(0x20, 0), (0x28, 0x80), (0x30, 0xa0)] {
+                let address = (place + offset).to_le_bytes();
+                registers.write(register, &address[..4]);
+            }
+            registers.write(0x1c, &1_u16.to_le_bytes());
+            place += 0x100;
+        }
+        registers.write(0x14, &[15]);
+        let mut status = [0];
+        pci.mmio_read(registers.bar + 0x14, &mut status);
+        assert_eq!(status, [15]);
+    }
+}
+
+fn encoded(state: &BusState) -> Vec<u8> {
+    postcard::to_allocvec(state).unwrap()
+}
+
+/// The state of a bus on which all devices run.
+fn state_of_all() -> Vec<u8> {
+    let pci = bus();
+    drive(&pci);
+    let state = encoded(&pci.suspend().unwrap());
+    pci.stop();
+    state
+}
+
+#[test]
+fn a_bus_put_aside_is_the_same_in_another_machine() {
+    let state = state_of_all();
+    let other = bus();
+
+    other
+        .restore(postcard::from_bytes(&state).unwrap())
+        .unwrap();
+    let again = other.suspend().unwrap();
+    other.resume();
+    let and_again = other.suspend().unwrap();
+    other.stop();
+
+    assert_eq!(encoded(&again), state);
+    assert_eq!(encoded(&and_again), state);
+}
+
+/// Threads of this process that panicked, other than those of tests, whose names have colons.
+static PANICS: AtomicUsize = AtomicUsize::new(0);
+
+/// Counts [`PANICS`] from now on.
+fn count_panics() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let usual = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            let thread = std::thread::current();
+            if thread.name().is_some_and(|name| !name.contains("::")) {
+                PANICS.fetch_add(1, Ordering::SeqCst);
+            }
+            usual(panic);
+        }));
+    });
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever a state says, a bus takes it, and its devices run on what they find, or refuses it.
+    #[test]
+    fn no_state_breaks_the_bus(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..12),
+    ) {
+        count_panics();
+        let mut state = state_of_all();
+        for (place, value) in changes {
+            let place = place.index(state.len());
+            state[place] = value;
+        }
+
+        if let Ok(state) = postcard::from_bytes(&state) {
+            let pci = bus();
+            if pci.restore(state).is_ok() {
+                drive_on(&pci);
+                pci.suspend().unwrap();
+                pci.resume();
+            }
+            pci.stop();
+        }
+        prop_assert_eq!(PANICS.load(Ordering::SeqCst), 0);
+    }
+}
+
+/// Rings all doorbells.
+fn drive_on(pci: &PciRoot) {
+    for slot in slots(pci) {
+        for queue in 0..8 {
+            let notify = 0xC000_0000 + slot * 0x8000 + 0x3000 + 4 * queue;
+            pci.mmio_write(notify, &[0, 0]);
+        }
+    }
 }

@@ -105,6 +105,7 @@ pub fn run() -> ExitCode {
             | Request::InsertDisk { .. }
             | Request::EjectDisk { .. }
             | Request::Pause { .. }
+            | Request::Snapshot { .. }
             | Request::Resume { .. } => panic!("not for an inmate"),
         }
     }

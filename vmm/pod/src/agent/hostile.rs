@@ -15,7 +15,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 use ttrpc::r#async::{Server, TtrpcContext};
 
-use super::{Agent, AgentError, Connect, Process, TEXT_MAX};
+use super::{Agent, AgentError, Connect, GuestSize, Process, TEXT_MAX};
 
 const LIMIT: Duration = Duration::from_millis(300);
 /// Longer than any call may take.
@@ -51,7 +51,10 @@ where
 }
 
 async fn hello(agent: &Agent) -> AgentError {
-    timeout(PATIENCE, agent.hello()).await.unwrap().unwrap_err()
+    timeout(PATIENCE, agent.hello(GuestSize::default()))
+        .await
+        .unwrap()
+        .unwrap_err()
 }
 
 #[tokio::test]
@@ -161,7 +164,7 @@ async fn lies_are_cut_to_what_can_be() {
         .await
         .unwrap();
 
-    let info = agent.hello().await.unwrap();
+    let info = agent.hello(GuestSize::default()).await.unwrap();
     let exit = agent.wait(Process::Container("one")).await.unwrap();
     let refused = agent.start_container("one").await.unwrap_err();
 

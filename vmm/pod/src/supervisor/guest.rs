@@ -18,7 +18,7 @@ use super::limits::Limits;
 use super::machine::{SHARE_TAG, spec};
 use super::network::{HostNetwork, PodNetwork};
 use crate::agent::network::Plan;
-use crate::agent::{Agent, AgentError, GuestInfo, Process};
+use crate::agent::{Agent, AgentError, GuestInfo, GuestSize, Process};
 use crate::metrics::Meter;
 use crate::oci::{InfraSpec, MachineSize};
 use crate::volumes::{MemoryVolume, Share};
@@ -103,7 +103,12 @@ impl Launched {
         } = self;
         let alive = agent_ready(&machine, connections, limits.agent_ready).await?;
         let agent = Agent::connect(Arc::<Machine>::clone(&machine), limits.call).await?;
-        let info = agent.hello().await?;
+        let info = agent
+            .hello(GuestSize {
+                vcpus: size.vcpus,
+                added_memory_mib: 0,
+            })
+            .await?;
         let guest = Guest {
             machine,
             disks,

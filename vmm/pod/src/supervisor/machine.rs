@@ -48,7 +48,8 @@ pub fn spec(
         .initramfs(open(&installation.initramfs)?)
         .cmdline(CMDLINE)
         .share(SHARE_TAG, share, false, CachePolicy::Auto)
-        .vsock(CID, vec![READY_PORT]))
+        .vsock(CID, vec![READY_PORT])
+        .balloon())
 }
 
 fn open(path: &Path) -> Result<File, PodFailure> {

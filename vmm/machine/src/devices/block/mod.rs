@@ -14,7 +14,9 @@ use vm_memory::GuestMemoryMmap;
 
 use super::worker::{Events, Handler, Readiness, Worker, borrow};
 use crate::control::DiskRefused;
-use crate::virtio::device::{Activation, ActiveQueue, RING_FEATURES, VirtioDevice};
+use crate::virtio::device::{
+    Activation, ActiveQueue, QueuePosition, RING_FEATURES, Suspended, VirtioDevice,
+};
 
 use disk::Disk;
 use request::Limits;
@@ -130,6 +132,14 @@ impl BlockHandle {
     }
 }
 
+/// How many sectors the disk had when the device was suspended.
+fn known_sectors(state: &[u8]) -> io::Result<u64> {
+    let sectors = state
+        .try_into()
+        .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+    Ok(u64::from_le_bytes(sectors))
+}
+
 fn config(sectors: u64) -> [u8; CONFIG_SIZE] {
     let mut config = [0; CONFIG_SIZE];
     let mut set = |offset: usize, value: u32| {
@@ -185,10 +195,26 @@ impl VirtioDevice for Block {
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
         let interrupt = Arc::clone(&activation.config_interrupt);
+        let known = activation.resumed.as_deref().map(known_sectors);
         let requests = self.requests(activation)?;
         self.worker = Some(Worker::start("block", requests)?);
         self.slot.driver_up(interrupt);
+        if let Some(known) = known
+            && known? != self.slot.sectors()
+        {
+            self.slot.tell();
+        }
         Ok(())
+    }
+
+    fn suspend(&mut self) -> io::Result<Suspended> {
+        self.slot.driver_down();
+        let worker = self.worker.take();
+        Ok(Suspended {
+            positions: worker.map(Worker::suspend).unwrap_or_default(),
+            // A driver whose disk is another when it goes on has to hear of that.
+            state: self.slot.sectors().to_le_bytes().to_vec(),
+        })
     }
 
     fn reset(&mut self) {
@@ -224,5 +250,9 @@ impl Handler for Requests {
                 };
                 answerer.answer(request)
             })
+    }
+
+    fn rest(&mut self, _events: &Events) -> Vec<QueuePosition> {
+        vec![self.requests.position()]
     }
 }

@@ -70,7 +70,8 @@ impl Slot {
         self.driver().interrupt = None;
     }
 
-    fn tell(&self) {
+    /// The driver is to look at the disk again.
+    pub fn tell(&self) {
         let mut driver = self.driver();
         driver.changes = driver.changes.wrapping_add(1);
         if let Some(interrupt) = &driver.interrupt

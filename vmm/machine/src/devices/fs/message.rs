@@ -45,7 +45,8 @@ pub(super) fn serve(
         return 0;
     }
     let session = match opcode {
-        Ok(Opcode::Init | Opcode::Destroy) => Session::Changes,
+        Ok(Opcode::Init) => Session::Begins,
+        Ok(Opcode::Destroy) => Session::Ends,
         _ => Session::Within,
     };
     // The answer's place is the same for a refusal, so it is kept.

@@ -65,7 +65,7 @@ use self::pool::Pool;
 use self::requests::RequestQueue;
 use self::server::MessageServer;
 use crate::config::CachePolicy;
-use crate::virtio::device::{Activation, VirtioDevice};
+use crate::virtio::device::{Activation, Suspended, VirtioDevice};
 
 /// Virtio device id.
 const DEVICE_TYPE: u32 = 26;
@@ -161,6 +161,24 @@ impl FileSystem {
     }
 }
 
+impl FileSystem {
+    /// Whether the guest goes on with this share as if it were the one that it knows.
+    fn check(&self, state: &[u8]) -> io::Result<()> {
+        let refused = |why| Err(io::Error::new(io::ErrorKind::InvalidData, why));
+        let Some((in_session, config_space)) = state.split_first() else {
+            return refused("no state");
+        };
+        if *config_space != self.config_space {
+            return refused("its tag or the number of its queues is another");
+        }
+        // A clone's server knows nothing of the inodes and files of the first one's.
+        if *in_session != u8::from(self.server.is_in_session()) {
+            return refused("the guest had mounted it");
+        }
+        Ok(())
+    }
+}
+
 impl VirtioDevice for FileSystem {
     fn device_type(&self) -> u32 {
         DEVICE_TYPE
@@ -185,6 +203,9 @@ impl VirtioDevice for FileSystem {
     }
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
+        if let Some(state) = &activation.resumed {
+            self.check(state)?;
+        }
         let memory = Arc::new(FileServerMemory::new(&activation.memory)?);
         let event_idx = activation.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         let (mut priority, mut requests) = (Vec::new(), Vec::new());
@@ -215,6 +236,13 @@ impl VirtioDevice for FileSystem {
             }
         }
         Ok(())
+    }
+
+    fn suspend(&mut self) -> io::Result<Suspended> {
+        let positions = self.running.drain(..).flat_map(Pool::suspend).collect();
+        let mut state = vec![u8::from(self.server.is_in_session())];
+        state.extend(self.config_space);
+        Ok(Suspended { positions, state })
     }
 
     fn reset(&mut self) {

@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::requests::RequestQueue;
 use super::server::MessageServer;
 use crate::threads::{self, ThreadClass};
+use crate::virtio::device::QueuePosition;
 
 /// Threads at work. Dropping it ends them, each after the request that it is serving.
 pub(super) struct Pool {
@@ -80,8 +81,15 @@ impl Pool {
     }
 }
 
-impl Drop for Pool {
-    fn drop(&mut self) {
+impl Pool {
+    /// Ends the threads, and tells where they were in their queues.
+    pub(super) fn suspend(mut self) -> Vec<QueuePosition> {
+        self.end();
+        let queues = &self.shared.queues;
+        queues.iter().map(RequestQueue::position).collect()
+    }
+
+    fn end(&mut self) {
         self.shared.stopping.store(true, Ordering::Release);
         if let Err(error) = self.shared.stop.write(1) {
             log::error!("virtio-fs: ending the file server's threads: {error}");
@@ -90,6 +98,12 @@ impl Drop for Pool {
             // A thread that panicked has said so.
             let _ = thread.join();
         }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::mapping::FileServerMemory;
 use super::message;
 use super::server::MessageServer;
-use crate::virtio::device::{ActiveQueue, Interrupt};
+use crate::virtio::device::{ActiveQueue, Interrupt, QueuePosition};
 
 /// A queue, shared by the threads of a pool.
 #[derive(Debug)]
@@ -65,6 +65,11 @@ impl RequestQueue {
     /// Readable when the driver has something for this queue.
     pub(super) fn kick(&self) -> &EventFd {
         &self.kick
+    }
+
+    /// Where the pool is, when none of its threads serves any more.
+    pub(super) fn position(&self) -> QueuePosition {
+        QueuePosition::of(self.index, &self.ring().queue)
     }
 
     /// Takes a request. With none there, the driver's next one will be notified.

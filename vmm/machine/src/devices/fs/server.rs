@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -31,13 +32,18 @@ pub(super) trait MessageServer: Send + Sync {
 
     /// Forgets all that a guest held. No message is under way.
     fn reset(&self);
+
+    /// Whether a guest has a session: inodes and files that it knows by number.
+    fn is_in_session(&self) -> bool;
 }
 
 /// What a message does to the session between guest and server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Session {
-    /// Starts or ends it (`FUSE_INIT`, `FUSE_DESTROY`).
-    Changes,
+    /// Starts it (`FUSE_INIT`), or starts it anew.
+    Begins,
+    /// Ends it (`FUSE_DESTROY`).
+    Ends,
     /// Happens in it.
     Within,
 }
@@ -99,6 +105,7 @@ struct Virtiofsd<F: FileSystem + Sync> {
     /// Starting a session clears all tables and fills in the root, in steps: the library trusts a guest not to
     /// do that twice at once, nor beside other requests.
     session: RwLock<()>,
+    in_session: AtomicBool,
 }
 
 impl<F: FileSystem + Sync> Virtiofsd<F> {
@@ -106,6 +113,7 @@ impl<F: FileSystem + Sync> Virtiofsd<F> {
         Self {
             server: Server::new(Checked::new(file_system)),
             session: RwLock::new(()),
+            in_session: AtomicBool::new(false),
         }
     }
 }
@@ -127,8 +135,10 @@ impl<F: FileSystem + Send + Sync> MessageServer for Virtiofsd<F> {
                 let _others_too = self.session.read().unwrap_or_else(PoisonError::into_inner);
                 serve()
             }
-            Session::Changes => {
+            Session::Begins | Session::Ends => {
                 let _alone = self.session.write().unwrap_or_else(PoisonError::into_inner);
+                self.in_session
+                    .store(session == Session::Begins, Ordering::Relaxed);
                 serve()
             }
         }
@@ -137,5 +147,10 @@ impl<F: FileSystem + Send + Sync> MessageServer for Virtiofsd<F> {
     fn reset(&self) {
         let _alone = self.session.write().unwrap_or_else(PoisonError::into_inner);
         self.server.destroy();
+        self.in_session.store(false, Ordering::Relaxed);
+    }
+
+    fn is_in_session(&self) -> bool {
+        self.in_session.load(Ordering::Relaxed)
     }
 }

@@ -148,6 +148,31 @@ impl Link {
         });
     }
 
+    /// The driver that was there before the device was suspended goes on: it uses so many pairs, and thinks that the
+    /// link is `up`.
+    pub fn driver_resumed(&self, in_use: usize, up: bool) {
+        let mut state = self.state();
+        let changed = up != state.backends.is_some();
+        let changes = state.changes;
+        if let Some(driver) = &mut state.driver {
+            driver.told = if changed {
+                changes.wrapping_sub(1)
+            } else {
+                changes
+            };
+            // Each pair's thread says once more that it has gone along.
+            driver.followed.fill(changes.wrapping_sub(1));
+            state.in_use = in_use.clamp(1, self.pairs);
+        }
+    }
+
+    /// It is suspended: its pairs in use, and whether the link is up.
+    pub fn driver_suspended(&self) -> (usize, bool) {
+        let mut state = self.state();
+        state.driver = None;
+        (state.in_use, state.backends.is_some())
+    }
+
     /// It is no longer. All is for the next as it was for it.
     pub fn driver_down(&self) {
         let mut state = self.state();

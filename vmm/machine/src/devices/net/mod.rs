@@ -56,7 +56,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use super::worker::Worker;
 use crate::config::{MAX_QUEUE_PAIRS, NetConfig, TapDescriptors};
 use crate::control::PlugRefused;
-use crate::virtio::device::{Activation, ActiveQueue, RING_FEATURES, VirtioDevice};
+use crate::virtio::device::{Activation, ActiveQueue, RING_FEATURES, Suspended, VirtioDevice};
 
 use commands::Commands;
 use limits::Limiter;
@@ -239,6 +239,14 @@ impl Net {
     }
 }
 
+/// How many pairs the driver used when the device was suspended, and whether its link was up.
+fn known_link(state: &[u8]) -> io::Result<(usize, bool)> {
+    match state {
+        [in_use, up @ (0 | 1)] => Ok((usize::from(*in_use), *up == 1)),
+        _ => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
 /// Whether a tap takes UDP packets to be cut into segments, and gives them.
 fn segments_udp(backend: &Backend) -> bool {
     let flags = features::TUN_CSUM | features::TUN_USO;
@@ -286,8 +294,12 @@ impl VirtioDevice for Net {
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
         let interrupt = Arc::clone(&activation.config_interrupt);
+        let resumed = activation.resumed.as_deref().map(known_link).transpose()?;
         let pairs = self.queue_pairs(activation)?;
         self.link.driver_up(pairs.len(), interrupt);
+        if let Some((in_use, up)) = resumed {
+            self.link.driver_resumed(in_use.min(pairs.len()), up);
+        }
         for pair in pairs {
             match Worker::start("net", pair) {
                 Ok(worker) => self.workers.push(worker),
@@ -298,6 +310,16 @@ impl VirtioDevice for Net {
             }
         }
         Ok(())
+    }
+
+    fn suspend(&mut self) -> io::Result<Suspended> {
+        let workers = self.workers.drain(..);
+        let positions = workers.flat_map(Worker::suspend).collect();
+        let (in_use, up) = self.link.driver_suspended();
+        Ok(Suspended {
+            positions,
+            state: vec![u8::try_from(in_use).unwrap_or(1), u8::from(up)],
+        })
     }
 
     fn reset(&mut self) {

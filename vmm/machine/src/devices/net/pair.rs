@@ -19,6 +19,7 @@ use super::receive::{self, Receive};
 use super::transmit::{self, Transmit};
 use super::vhost::Running;
 use crate::devices::worker::{Events, Handler, Readiness, borrow};
+use crate::virtio::device::QueuePosition;
 
 const RECEIVE: u64 = 0;
 const TRANSMIT: u64 = 1;
@@ -368,5 +369,15 @@ impl Handler for Pair {
             token => return self.relay(token),
         }
         self.wait(events)
+    }
+
+    fn rest(&mut self, events: &Events) -> Vec<QueuePosition> {
+        if let Err(error) = self.leave(events) {
+            log::error!("a queue pair is where it was, as far as can be told: {error}");
+        }
+        let mut positions = vec![self.receive.ring.position(), self.transmit.ring.position()];
+        let commands = self.commands.as_ref();
+        positions.extend(commands.map(|commands| commands.queue.position()));
+        positions
     }
 }

@@ -8,7 +8,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::virtio::device::{ActiveQueue, Interrupt};
+use crate::virtio::device::{ActiveQueue, Interrupt, QueuePosition};
 
 /// Offset of the used and available rings' entries, after flags and index (Virtio 1.2, section 2.7.6).
 const ENTRIES: u64 = 4;
@@ -24,6 +24,7 @@ pub type Used = (u16, usize);
 /// A queue.
 #[derive(Debug)]
 pub struct Ring {
+    index: u16,
     pub queue: Queue,
     pub kick: EventFd,
     pub interrupt: Arc<dyn Interrupt>,
@@ -34,18 +35,24 @@ pub struct Ring {
 impl Ring {
     pub fn new(active: ActiveQueue, event_idx: bool) -> Self {
         let ActiveQueue {
+            index,
             mut queue,
             kick,
             interrupt,
-            ..
         } = active;
         queue.set_event_idx(event_idx);
         Self {
+            index,
             told: queue.next_used(),
             queue,
             kick,
             interrupt,
         }
+    }
+
+    /// Where the device is in it.
+    pub fn position(&self) -> QueuePosition {
+        QueuePosition::of(self.index, &self.queue)
     }
 
     /// Takes the next chain. If there is none, the driver notifies of its next one.

@@ -39,16 +39,20 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
+use rustix::event::epoll::{self, CreateFlags};
 use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
-use virtio_queue::QueueT;
+use virtio_queue::{QueueOwnedT, QueueT};
+use vm_memory::GuestMemoryMmap;
 
 pub use self::inbox::VsockHandle;
-use self::service::Running;
+use self::multiplexer::Multiplexer;
+use self::service::{Rest, Running};
 use crate::config::VsockConfig;
 use crate::control::ConnectRefused;
-use crate::virtio::device::{Activation, VirtioDevice};
+use crate::virtio::buffers::Buffers;
+use crate::virtio::device::{Activation, ActiveQueue, Suspended, VirtioDevice};
 
 /// Virtio device id.
 const DEVICE_TYPE: u32 = 19;
@@ -56,6 +60,10 @@ const DEVICE_TYPE: u32 = 19;
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 /// `VIRTIO_VSOCK_F_STREAM` (section 5.10.3).
 const F_STREAM: u64 = 1;
+/// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET` (section 5.10.6.7): all connections are gone, and the context id may be another.
+const TRANSPORT_RESET: u32 = 0;
+/// Descriptors of a buffer for an event: Linux has one.
+const EVENT_DESCRIPTORS: usize = 4;
 
 /// Called on the device's thread with the host's port and the stream of each connection that the guest makes.
 /// Must not block.
@@ -70,6 +78,9 @@ pub struct Vsock {
     guest_connections: Arc<Mutex<GuestConnections>>,
     handle: VsockHandle,
     running: Option<Running>,
+    events: Option<ActiveQueue>,
+    /// The connections, while the device is suspended.
+    suspended: Option<Multiplexer>,
 }
 
 impl Vsock {
@@ -87,8 +98,34 @@ impl Vsock {
             guest_connections: Arc::new(Mutex::new(guest_connections)),
             handle: handle.clone(),
             running: None,
+            events: None,
+            suspended: None,
         };
         Ok((device, handle))
+    }
+}
+
+impl Vsock {
+    /// Tells the driver of a clone that the connections which it knows were another machine's.
+    fn tell_reset(&mut self, memory: &GuestMemoryMmap) -> io::Result<()> {
+        let Some(events) = &mut self.events else {
+            return Ok(());
+        };
+        let Some(buffer) = events.queue.iter(memory).map_err(io::Error::other)?.next() else {
+            log::warn!("vsock: the driver has no buffer to be told of the end of its connections");
+            return Ok(());
+        };
+        let head = buffer.head_index();
+        let written = match Buffers::resolve(memory, buffer, EVENT_DESCRIPTORS) {
+            Ok(Buffers { writable, .. }) => writable.copy_from(&TRANSPORT_RESET.to_le_bytes()),
+            Err(_) => 0,
+        };
+        let written = u32::try_from(written).unwrap_or(0);
+        events
+            .queue
+            .add_used(memory, head, written)
+            .map_err(io::Error::other)?;
+        events.interrupt.signal()
     }
 }
 
@@ -123,7 +160,6 @@ impl VirtioDevice for Vsock {
             active.queue.set_event_idx(event_idx);
             active
         });
-        // The event queue stays unused: it only serves to tell that the context id has changed.
         let (Some(to_guest), Some(from_guest)) = (
             queues.next().filter(|queue| queue.index == 0),
             queues.next().filter(|queue| queue.index == 1),
@@ -133,9 +169,19 @@ impl VirtioDevice for Vsock {
                 "the vsock driver left out a queue",
             ));
         };
+        self.events = queues.next().filter(|queue| queue.index == 2);
+        let multiplexer = match self.suspended.take() {
+            Some(multiplexer) => multiplexer,
+            None => {
+                if activation.resumed.is_some() {
+                    self.tell_reset(&activation.memory)?;
+                }
+                let epoll = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
+                Multiplexer::new(&self.config, Arc::clone(&self.guest_connections), epoll)
+            }
+        };
         self.running = Some(Running::start(
-            &self.config,
-            Arc::clone(&self.guest_connections),
+            multiplexer,
             self.handle.clone(),
             activation.memory,
             to_guest,
@@ -144,9 +190,31 @@ impl VirtioDevice for Vsock {
         Ok(())
     }
 
+    fn suspend(&mut self) -> io::Result<Suspended> {
+        let mut positions = Vec::new();
+        if let Some(Rest {
+            multiplexer,
+            positions: moved,
+        }) = self.running.take().and_then(Running::suspend)
+        {
+            self.suspended = Some(multiplexer);
+            positions.extend(moved);
+        }
+        let events = self.events.take();
+        positions.extend(events.as_ref().map(ActiveQueue::position));
+        Ok(Suspended {
+            positions,
+            state: Vec::new(),
+        })
+    }
+
     fn reset(&mut self) {
         // Dropping it ends the thread, and with it all connections.
         self.running = None;
+        self.events = None;
+        if let Some(mut multiplexer) = self.suspended.take() {
+            multiplexer.close();
+        }
     }
 }
 

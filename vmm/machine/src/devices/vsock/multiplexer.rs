@@ -113,6 +113,11 @@ impl Multiplexer {
         }
     }
 
+    /// What watches all sockets.
+    pub(super) fn epoll(&self) -> &Arc<OwnedFd> {
+        &self.epoll
+    }
+
     /// Asks the guest for a connection.
     pub(super) fn connect(
         &mut self,

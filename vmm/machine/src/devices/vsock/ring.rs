@@ -6,7 +6,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestMemoryMmap, VolatileSlice};
 
 use super::packet::{self, Buffer, HEADER_SIZE, Header};
-use crate::virtio::device::Interrupt;
+use crate::virtio::device::{Interrupt, QueuePosition};
 
 /// Most buffers that one read from a socket fills.
 const MAX_BATCH: usize = 32;
@@ -52,6 +52,11 @@ impl Ring {
             interrupt,
             untold: false,
         }
+    }
+
+    /// Where the device is in it, as queue `index`.
+    pub(super) fn position(&self, index: u16) -> QueuePosition {
+        QueuePosition::of(index, &self.queue)
     }
 
     /// Takes the next buffer. If there is none, the driver notifies of its next one.

@@ -3,23 +3,22 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use rustix::event::Timespec;
-use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use rustix::event::epoll::{self, Event, EventData, EventFlags};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::GuestConnections;
 use super::inbox::VsockHandle;
 use super::multiplexer::{Multiplexer, Sent};
 use super::packet::Buffer;
 use super::ring::{Ring, RingError};
-use crate::config::VsockConfig;
 use crate::threads::{self, ThreadClass};
-use crate::virtio::device::ActiveQueue;
+use crate::virtio::device::{ActiveQueue, QueuePosition};
 
 /// Names of the device's own descriptors to epoll, below those of sockets.
 const TO_GUEST: u64 = 0;
@@ -35,7 +34,17 @@ const MAX_PACKETS: usize = 64;
 /// The thread at work. Dropping it ends it.
 pub(super) struct Running {
     stop: EventFd,
+    /// What the thread had when it was told to stop is wanted.
+    suspending: Arc<AtomicBool>,
+    rest: mpsc::Receiver<Rest>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What is left of the thread: it goes on with this.
+pub(super) struct Rest {
+    pub(super) multiplexer: Multiplexer,
+    /// Of the queues to and from the guest.
+    pub(super) positions: [QueuePosition; 2],
 }
 
 /// What the thread owns.
@@ -46,9 +55,8 @@ struct Service {
     memory: GuestMemoryMmap,
     to_guest: Ring,
     from_guest: Ring,
-    /// Held because they are being watched.
-    _kicks: [EventFd; 2],
-    _stop: EventFd,
+    kicks: [EventFd; 2],
+    stop: EventFd,
 }
 
 /// Why the thread gave up.
@@ -62,14 +70,13 @@ enum ServiceError {
 
 impl Running {
     pub(super) fn start(
-        config: &VsockConfig,
-        guest_connections: Arc<Mutex<GuestConnections>>,
+        multiplexer: Multiplexer,
         handle: VsockHandle,
         memory: GuestMemoryMmap,
         to_guest: ActiveQueue,
         from_guest: ActiveQueue,
     ) -> io::Result<Self> {
-        let epoll = Arc::new(epoll::create(CreateFlags::CLOEXEC)?);
+        let epoll = Arc::clone(multiplexer.epoll());
         let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
         // Edge-triggered, each signal is one event, and the counters need no reading. The first packets may
         // have been there before anybody watched: the loop looks before it waits.
@@ -94,27 +101,38 @@ impl Running {
             EventFlags::IN,
         )?;
         let service = Service {
-            multiplexer: Multiplexer::new(config, guest_connections, Arc::clone(&epoll)),
+            multiplexer,
             epoll,
             handle: handle.clone(),
             memory,
             to_guest: Ring::new(to_guest.queue, to_guest.interrupt),
             from_guest: Ring::new(from_guest.queue, from_guest.interrupt),
-            _kicks: [to_guest.kick, from_guest.kick],
-            _stop: stop.try_clone()?,
+            kicks: [to_guest.kick, from_guest.kick],
+            stop: stop.try_clone()?,
         };
         handle.open();
-        let thread = threads::spawn(ThreadClass::Device, "vsock", move || service.run())
-            .inspect_err(|_| handle.close())?;
+        let suspending = Arc::new(AtomicBool::new(false));
+        let (left, rest) = mpsc::sync_channel(1);
+        let suspended = Arc::clone(&suspending);
+        let run = move || service.run(&suspended, &left);
+        let thread =
+            threads::spawn(ThreadClass::Device, "vsock", run).inspect_err(|_| handle.close())?;
         Ok(Self {
             stop,
+            suspending,
+            rest,
             thread: Some(thread),
         })
     }
-}
 
-impl Drop for Running {
-    fn drop(&mut self) {
+    /// Ends the thread; all connections stay. None when it has ended before, and they with it.
+    pub(super) fn suspend(mut self) -> Option<Rest> {
+        self.suspending.store(true, Ordering::Release);
+        self.end();
+        self.rest.recv().ok()
+    }
+
+    fn end(&mut self) {
         if let Err(error) = self.stop.write(1) {
             log::error!("vsock: ending the device's thread: {error}");
         }
@@ -125,13 +143,44 @@ impl Drop for Running {
     }
 }
 
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
 impl Service {
-    fn run(mut self) {
-        if let Err(error) = self.serve() {
-            log::error!("vsock: the device stops: {}", chain(&error));
+    fn run(mut self, suspending: &AtomicBool, rest: &mpsc::SyncSender<Rest>) {
+        let served = self.serve();
+        if let Err(error) = &served {
+            log::error!("vsock: the device stops: {}", chain(error));
         }
         self.handle.close();
-        self.multiplexer.close();
+        if served.is_ok() && suspending.load(Ordering::Acquire) {
+            // Whoever suspends waits for it.
+            drop(rest.send(self.suspend()));
+        } else {
+            self.multiplexer.close();
+        }
+    }
+
+    /// The connections' sockets go on being watched; who looks next sees what has happened to them.
+    fn suspend(self) -> Rest {
+        let [to_guest, from_guest] = &self.kicks;
+        for own in [
+            borrow(to_guest),
+            borrow(from_guest),
+            borrow(&self.stop),
+            self.handle.bell(),
+        ] {
+            if let Err(error) = epoll::delete(&self.epoll, own) {
+                log::error!("vsock: an event goes on being watched: {error}");
+            }
+        }
+        Rest {
+            positions: [self.to_guest.position(0), self.from_guest.position(1)],
+            multiplexer: self.multiplexer,
+        }
     }
 
     fn serve(&mut self) -> Result<(), ServiceError> {
@@ -145,6 +194,7 @@ impl Service {
                 Err(error) => return Err(ServiceError::Wait(error)),
             };
             let now = Instant::now();
+            let mut stop = false;
             for &mut Event { flags, data } in events {
                 match data.u64() {
                     // What they are for is looked at in every round.
@@ -159,11 +209,15 @@ impl Service {
                             );
                         }
                     }
-                    STOP => return Ok(()),
+                    STOP => stop = true,
                     token => self.multiplexer.on_event(token, flags, now),
                 }
             }
             self.multiplexer.on_deadlines(now);
+            // Not before all events that came with it: none comes a second time.
+            if stop {
+                return Ok(());
+            }
         }
     }
 

@@ -61,6 +61,15 @@ impl VirtioDevice for Device {
         Ok(())
     }
 
+    fn suspend(&mut self) -> io::Result<Suspended> {
+        let activation = self.seen.lock().unwrap().running.take();
+        let queues = activation.iter().flat_map(|it| &it.queues);
+        Ok(Suspended {
+            positions: queues.map(ActiveQueue::position).collect(),
+            state: vec![42],
+        })
+    }
+
     fn reset(&mut self) {
         let mut seen = self.seen.lock().unwrap();
         seen.running = None;
@@ -580,4 +589,119 @@ proptest! {
 
         prop_assert_eq!(bench.status(), 15);
     }
+}
+
+impl Bench {
+    /// Moves the device in queue 0 to a position.
+    fn advance(&self, available: u16, used: u16) {
+        let mut seen = self.seen.lock().unwrap();
+        let queue = &mut seen.running.as_mut().unwrap().queues[0].queue;
+        queue.set_next_avail(available);
+        queue.set_next_used(used);
+    }
+
+    /// Where the device goes on, and with which state.
+    fn resumed(&self) -> Option<(u16, u16, Option<Vec<u8>>)> {
+        let seen = self.seen.lock().unwrap();
+        let activation = seen.running.as_ref()?;
+        let queue = &activation.queues[0].queue;
+        Some((
+            queue.next_avail(),
+            queue.next_used(),
+            activation.resumed.clone(),
+        ))
+    }
+}
+
+#[test]
+fn a_device_that_stood_still_goes_on_where_it_was() {
+    let mut bench = Bench::running();
+    bench.advance(40_000, 39_999);
+
+    bench.transport.suspend().unwrap();
+    let standing = bench.resumed();
+    bench.transport.resume();
+
+    assert_eq!(standing, None);
+    assert_eq!(bench.resumed(), Some((40_000, 39_999, Some(vec![42]))));
+    assert_eq!(bench.status(), 15);
+}
+
+#[test]
+fn another_device_goes_on_in_its_place() {
+    let mut first = Bench::running();
+    first.advance(7, 5);
+    let state = first.transport.suspend().unwrap();
+    let mut other = Bench::new();
+
+    other.transport.restore(state.clone()).unwrap();
+
+    assert_eq!(other.resumed(), Some((7, 5, Some(vec![42]))));
+    assert_eq!(other.status(), 15);
+    // The driver may have missed an interrupt, since its used event is not where the device is.
+    assert_eq!(other.counters[1].0.load(Ordering::SeqCst), 1);
+    let again = other.transport.suspend().unwrap();
+    assert_eq!(again.queues, state.queues);
+}
+
+#[test]
+fn a_device_put_aside_twice_is_the_same_both_times() {
+    let mut bench = Bench::running();
+    bench.advance(7, 7);
+
+    let first = bench.transport.suspend().unwrap();
+    let second = bench.transport.suspend().unwrap();
+
+    assert_eq!(second.queues, first.queues);
+    assert_eq!(second.device, first.device);
+}
+
+#[test]
+fn a_device_that_stands_still_can_be_reset() {
+    let mut bench = Bench::running();
+    bench.transport.suspend().unwrap();
+
+    bench.start_anew();
+    bench.transport.resume();
+
+    assert_eq!(bench.resumed(), Some((0, 0, None)));
+}
+
+#[test]
+fn a_driver_that_was_setting_up_goes_on_with_that() {
+    let mut first = Bench::new();
+    first.negotiate();
+    first.set_queue(0, 16, [0x1000, 0x2000, 0x3000]);
+    let state = first.transport.suspend().unwrap();
+    let mut other = Bench::new();
+
+    other.transport.restore(state).unwrap();
+    other.driver_ok();
+
+    assert_eq!(other.status(), 15);
+    assert_eq!(other.resumed(), Some((0, 0, None)));
+}
+
+#[test]
+fn states_that_no_device_comes_to_are_refused() {
+    let good = Bench::running().transport.suspend().unwrap();
+    let refused = |change: fn(&mut TransportState)| {
+        let mut bench = Bench::new();
+        let mut state = good.clone();
+        change(&mut state);
+        let error = bench.transport.restore(state).unwrap_err();
+        assert!(bench.seen.lock().unwrap().running.is_none());
+        error.to_string()
+    };
+
+    assert!(refused(|state| state.device_type = 1).contains("type 42, not 1"));
+    assert!(refused(|state| state.queues.truncate(1)).contains("queues"));
+    assert!(refused(|state| state.queues[0].registers.size = 3).contains("queue 0"));
+    assert!(refused(|state| state.queues[0].registers.size = 1024).contains("queue 0"));
+    assert!(refused(|state| state.queues[0].registers.driver = LOW_END).contains("in RAM"));
+    assert!(refused(|state| state.queues[0].registers.device = u64::MAX).contains("aligned"));
+    assert!(refused(|state| state.driver_features |= 1 << 40).contains("offered"));
+    assert!(refused(|state| state.driver_features = 0).contains("features"));
+    assert!(refused(|state| state.frozen = false).contains("status"));
+    assert!(refused(|state| state.status = status::DRIVER_OK).contains("status"));
 }

@@ -95,6 +95,7 @@ impl Guest {
             features: self.device.features(),
             queues: vec![self._priority.activate(0), self.requests.activate(1)],
             config_interrupt: Interrupts::new(),
+            resumed: None,
         };
         self.device.activate(activation).unwrap();
         self.mount();

@@ -163,6 +163,7 @@ impl Interface {
             features,
             queues,
             config_interrupt: self.config_interrupts.clone(),
+            resumed: None,
         }
     }
 

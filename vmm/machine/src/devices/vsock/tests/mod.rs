@@ -100,6 +100,7 @@ impl Guest {
                 DriverQueue::new(&self.memory, 0x2_0000, 16).activate(2),
             ],
             config_interrupt: Interrupts::new(),
+            resumed: None,
         };
         self.device.activate(activation).unwrap();
     }

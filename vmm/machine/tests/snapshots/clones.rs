@@ -1,0 +1,181 @@
+//! Clones run, each for itself.
+
+use std::fs::{self, File};
+use std::time::{Duration, Instant};
+
+use rustix::fs::fallocate;
+
+use super::Test;
+use super::host::{Clone, Spec, Template, files};
+
+pub const TESTS: &[Test] = &[
+    ("a_clone_goes_on_where_the_template_was", goes_on),
+    ("clones_see_nothing_of_each_other", apart),
+    (
+        "a_snapshot_can_be_taken_of_a_clone_which_then_goes_on",
+        again,
+    ),
+    ("a_disk_comes_into_a_clones_slot", disk),
+    ("a_clone_needs_no_file_once_it_runs", without_files),
+    ("processors_that_never_ran_need_not_and_can", processors),
+];
+
+fn goes_on(template: &Template) {
+    template.runtime.block_on(async {
+        let began = Instant::now();
+        let clone = template.clone("one").await;
+        let count = clone.number("count").await;
+        println!("answered after {} ms", began.elapsed().as_millis());
+        let now = clone.number("now").await;
+
+        let since = count.checked_sub(template.count).unwrap();
+        assert!(since < 1000, "{since}");
+        let since = now.checked_sub(template.now).unwrap();
+        assert!(since < 30_000_000_000, "{since}");
+        clone.ask("say hello").await;
+        clone.says("hello").await;
+        clone.says("the first connection has ended").await;
+        assert_eq!(clone.ask("mount").await, "");
+        assert_eq!(clone.ask("read /rw/name").await, "one");
+        assert_eq!(clone.ask("random").await, "16");
+        assert_eq!(clone.ask("pattern").await, "7 true");
+        drop(clone.ask_for("end").await);
+        assert_eq!(
+            clone.machine.wait().await.to_string(),
+            "the guest powered off"
+        );
+    });
+}
+
+fn apart(template: &Template) {
+    template.runtime.block_on(async {
+        let (one, other) = tokio::join!(template.clone("one"), template.clone("other"));
+        for (clone, name) in [(&one, "one"), (&other, "other")] {
+            clone.ask("mount").await;
+            assert_eq!(clone.ask("read /rw/name").await, name);
+            clone.ask("write /rw/written by-the-guest").await;
+            let written = fs::read_to_string(clone.share.path().join("written"));
+            assert_eq!(written.unwrap(), "by-the-guest");
+        }
+        one.ask("fill 11").await;
+        assert_eq!(other.ask("pattern").await, "7 true");
+        other.ask("fill 12").await;
+
+        assert_eq!(one.ask("pattern").await, "11 true");
+        assert_eq!(template.clone("third").await.ask("pattern").await, "7 true");
+    });
+}
+
+fn again(template: &Template) {
+    let directory = tempfile::tempdir().unwrap();
+    template.runtime.block_on(async {
+        let clone = template.clone("one").await;
+        clone.ask("fill 21").await;
+        let mut open = clone.ask_for("wait").await;
+        let snapshot = clone.machine.snapshot(files(directory.path(), true));
+        snapshot.await.unwrap();
+        let second = Clone::launch(Spec::restored(files(directory.path(), false), "two"));
+        let second = second.await.unwrap();
+        assert_eq!(second.ask("pattern").await, "21 true");
+        second.ask("mount").await;
+        assert_eq!(second.ask("read /rw/name").await, "two");
+        drop(second);
+
+        // The first goes on, with its connections, and can be put aside again.
+        clone.machine.resume().await.unwrap();
+        assert_eq!(clone.ask("pattern").await, "21 true");
+        Clone::finish(&mut open).await;
+        let before = clone.number("count").await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        assert!(clone.number("count").await > before);
+        clone.ask("mount").await;
+        assert_eq!(clone.ask("read /rw/name").await, "one");
+        let directory = tempfile::tempdir().unwrap();
+        let snapshot = clone.machine.snapshot(files(directory.path(), true));
+        snapshot.await.unwrap();
+        clone.machine.resume().await.unwrap();
+        assert_eq!(clone.ask("read /rw/name").await, "one");
+
+        // A share that the guest has mounted is another's.
+        let third = Spec::restored(files(directory.path(), false), "three");
+        let refused = Clone::refused(third).await;
+        assert!(refused.contains("the guest had mounted it"), "{refused}");
+    });
+}
+
+fn disk(template: &Template) {
+    template.runtime.block_on(async {
+        let clone = template.clone("one").await;
+        assert_eq!(clone.ask("read /sys/block/vda/size").await, "0");
+        let disk = tempfile::tempfile().unwrap();
+        fallocate(&disk, rustix::fs::FallocateFlags::empty(), 0, 1 << 20).unwrap();
+
+        use std::os::fd::AsFd;
+        clone
+            .machine
+            .insert_disk(0, disk.as_fd(), false)
+            .await
+            .unwrap();
+
+        let began = Instant::now();
+        while clone.ask("read /sys/block/vda/size").await != "2048" {
+            assert!(began.elapsed() < Duration::from_secs(60));
+        }
+    });
+}
+
+fn without_files(template: &Template) {
+    let directory = tempfile::tempdir().unwrap();
+    for name in ["state", "memory"] {
+        let mut from = File::open(template.path(name)).unwrap();
+        let mut to = File::create_new(directory.path().join(name)).unwrap();
+        std::io::copy(&mut from, &mut to).unwrap();
+    }
+    template.runtime.block_on(async {
+        let clone = Clone::launch(Spec::restored(files(directory.path(), false), "one"));
+        let clone = clone.await.unwrap();
+
+        drop(directory);
+
+        assert_eq!(clone.ask("pattern").await, "7 true");
+        clone.ask("mount").await;
+        assert_eq!(clone.ask("read /rw/name").await, "one");
+    });
+}
+
+fn processors(template: &Template) {
+    template.runtime.block_on(async {
+        let mut spec = template.spec("two");
+        spec.machine = spec.machine.vcpus(2);
+        let clone = Clone::launch(spec).await.unwrap();
+        let online = "/sys/devices/system/cpu/online";
+        assert_eq!(clone.ask(&format!("read {online}")).await, "0");
+
+        clone
+            .ask("write /sys/devices/system/cpu/cpu1/online 1")
+            .await;
+
+        assert_eq!(clone.ask(&format!("read {online}")).await, "0-1");
+        // Now it runs, so that it is needed.
+        let directory = tempfile::tempdir().unwrap();
+        let snapshot = clone.machine.snapshot(files(directory.path(), true));
+        snapshot.await.unwrap();
+        let mut both = Spec::restored(files(directory.path(), false), "both");
+        both.machine = both.machine.vcpus(2);
+        let both = Clone::launch(both).await.unwrap();
+        assert_eq!(both.ask(&format!("read {online}")).await, "0-1");
+        let one = Spec::restored(files(directory.path(), false), "one");
+        let refused = Clone::refused(one).await;
+        assert!(
+            refused.contains("processor 1 of the snapshot runs"),
+            "{refused}"
+        );
+        let mut three = Spec::restored(files(directory.path(), false), "three");
+        three.machine = three.machine.vcpus(3);
+        let refused = Clone::refused(three).await;
+        assert!(
+            refused.contains("the snapshot has 2 processors"),
+            "{refused}"
+        );
+    });
+}
