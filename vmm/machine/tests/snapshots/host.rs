@@ -170,6 +170,7 @@ impl Spec {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::openat(CWD, share.path(), flags, Mode::empty()).unwrap();
         let net = NetSpec {
+            udp_segmentation: true,
             mac: [2, 0, 0, 0, 0, 1],
             mtu: 1500,
             queue_pairs: 1,
