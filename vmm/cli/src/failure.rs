@@ -10,7 +10,8 @@ use hull_pod::images::ImageError;
 use hull_pod::manifest::ManifestError;
 use hull_pod::networks::NetworkError;
 use hull_pod::state::StateError;
-use hull_pod::supervisor::{InstallationError, SupervisorError};
+use hull_pod::supervisor::{InstallationError, PodFailure, SupervisorError};
+use hull_pod::templates::TemplateError;
 use hull_pod::text::chain;
 
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +39,10 @@ pub enum Failure {
     Installation(#[from] InstallationError),
     #[error(transparent)]
     Supervisor(#[from] SupervisorError),
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    #[error("making a template")]
+    Machine(#[from] PodFailure),
     #[error("{doing}")]
     Io {
         doing: String,
@@ -95,6 +100,7 @@ impl Failure {
             Self::Input(_)
             | Self::Manifest(_)
             | Self::Configuration(_)
+            | Self::Template(TemplateError::BadPolicy(_))
             | Self::Network(NetworkError::Refused(_) | NetworkError::NoSuchNetwork(_)) => 2,
             Self::Exit(code) | Self::WithCode { code, .. } => *code,
             _ => 1,

@@ -16,7 +16,7 @@ use clap::{Parser, Subcommand};
 use hull_pod::configuration::Configuration;
 use hull_pod::networks;
 use hull_pod::state::{Directories, Registry};
-use hull_pod::supervisor::Limits;
+use hull_pod::supervisor::{Limits, MAKE_TEMPLATE};
 
 use crate::failure::Failure;
 
@@ -88,6 +88,7 @@ enum Command {
     Images(commands::images::Args),
     Rmi(commands::rmi::Args),
     Network(commands::network::Args),
+    Template(commands::template::Args),
     PortForward(commands::port_forward::Args),
     Monitor(commands::monitor::Args),
     Check(commands::check::Args),
@@ -95,6 +96,8 @@ enum Command {
     Completion(commands::completion::Args),
     #[command(hide = true)]
     Supervise(commands::supervise::Args),
+    #[command(hide = true, name = MAKE_TEMPLATE)]
+    MakeTemplate,
 }
 
 /// What every command works with.
@@ -153,11 +156,13 @@ fn main() -> ExitCode {
         Command::Images(args) => commands::images::run(&host, &args),
         Command::Rmi(args) => commands::rmi::run(&host, &args),
         Command::Network(args) => commands::network::run(&host, args),
+        Command::Template(args) => commands::template::run(&host, args),
         Command::PortForward(args) => commands::port_forward::run(&host, &args),
         Command::Monitor(args) => commands::monitor::run(&host, args),
         Command::Check(args) => commands::check::run(&host, &args),
         Command::Gc(args) => commands::gc::run(&host, &args),
         Command::Completion(args) => commands::completion::run(&args),
+        Command::MakeTemplate => commands::template::make(),
         Command::Supervise(args) => commands::supervise::run(&host, args),
     };
     match done {

@@ -1,7 +1,7 @@
 //! What the host's operator has decided for its pods: a file in TOML.
 //!
 //! The environment of whoever starts Hull goes before the file where it says the same (`HULL_VHOST_NET`,
-//! `HULL_TIMEOUT_SCALE`, `HULL_GUEST_DIR`). A manifest and its annotations have no say in any of it.
+//! `HULL_TIMEOUT_SCALE`, `HULL_TEMPLATES`, `HULL_GUEST_DIR`). A manifest and its annotations have no say in any of it.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -13,6 +13,7 @@ use tracing::level_filters::LevelFilter;
 
 use crate::network::VhostNet;
 use crate::oci::Sizing;
+use crate::templates::Policy;
 
 /// Read if no other is named, and if it is there.
 pub const DEFAULT_PATH: &str = "/etc/hull/config.toml";
@@ -33,6 +34,8 @@ pub struct Configuration {
     /// As [`Self::kernel`].
     pub initramfs: Option<PathBuf>,
     pub vhost_net: VhostNet,
+    /// Whether machines begin with templates.
+    pub templates: Policy,
     /// A factor for [`crate::supervisor::Limits`]. None: by the host.
     pub timeout_scale: Option<u32>,
     /// Of supervisors and shims.
@@ -46,6 +49,7 @@ impl Default for Configuration {
             kernel: None,
             initramfs: None,
             vhost_net: VhostNet::default(),
+            templates: Policy::default(),
             timeout_scale: None,
             log_level: LevelFilter::INFO,
         }
@@ -84,6 +88,7 @@ struct Written {
     kernel: Option<PathBuf>,
     initramfs: Option<PathBuf>,
     vhost_net: Option<VhostNet>,
+    templates: Option<Policy>,
     timeout_scale: Option<u64>,
     log_level: Option<LogLevel>,
 }
@@ -185,6 +190,7 @@ impl Configuration {
             kernel: absolute("kernel", written.kernel)?,
             initramfs: absolute("initramfs", written.initramfs)?,
             vhost_net: written.vhost_net.unwrap_or(default.vhost_net),
+            templates: written.templates.unwrap_or(default.templates),
             timeout_scale: scale.and_then(|scale| u32::try_from(scale).ok()),
             log_level: written
                 .log_level
@@ -228,7 +234,7 @@ mod tests {
         let mut default = parsed(&without.join("\n")).unwrap();
         assert_eq!(default.timeout_scale.take(), Some(1));
         assert_eq!(default, Configuration::default());
-        assert_eq!((with_paths.len(), without.len()), (2, 6));
+        assert_eq!((with_paths.len(), without.len()), (2, 7));
         parsed(&shown).unwrap();
     }
 
@@ -236,7 +242,7 @@ mod tests {
     fn every_setting_counts() {
         let read = parsed(
             "default_vcpus = 4\ndefault_memory_mib = 2048\nguest_overhead_mib = 192\n\
-             kernel = '/k'\ninitramfs = '/i'\nvhost_net = 'off'\ntimeout_scale = 3\nlog_level = 'debug'",
+             kernel = '/k'\ninitramfs = '/i'\nvhost_net = 'off'\ntemplates = 'host'\ntimeout_scale = 3\nlog_level = 'debug'",
         )
         .unwrap();
 
@@ -251,6 +257,7 @@ mod tests {
                 kernel: Some("/k".into()),
                 initramfs: Some("/i".into()),
                 vhost_net: VhostNet::Off,
+                templates: Policy::Host,
                 timeout_scale: Some(3),
                 log_level: LevelFilter::DEBUG,
             }
@@ -266,6 +273,7 @@ mod tests {
             ("timeout_scale = 0", "timeout_scale", "0"),
             ("kernel = 'vmlinux'", "kernel", "vmlinux"),
             ("vhost_net = 'never'", "vhost_net", "never"),
+            ("templates = 'on'", "templates", "on"),
             ("log_level = 'loud'", "log_level", "loud"),
             ("default_vcpus = 'two'", "default_vcpus", "two"),
             ("default_vcpus = -1", "default_vcpus", "-1"),

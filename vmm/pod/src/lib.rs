@@ -15,5 +15,6 @@ pub mod oci;
 pub mod signal;
 pub mod state;
 pub mod supervisor;
+pub mod templates;
 pub mod text;
 pub mod volumes;

@@ -3,6 +3,8 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+use hull_pod::supervisor::MAKE_TEMPLATE;
+
 /// What containerd asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
@@ -13,6 +15,8 @@ pub enum Action {
     /// Be the shim. Asked for by ourselves.
     Serve,
     Version,
+    /// Make a template. Asked for by ourselves.
+    MakeTemplate,
     /// Describe the runtime.
     Info,
 }
@@ -65,6 +69,8 @@ pub fn parse(
                 "start" => Some(Action::Start),
                 "delete" => Some(Action::Delete),
                 "serve" => Some(Action::Serve),
+                // It comes alone.
+                MAKE_TEMPLATE => return Ok((Action::MakeTemplate, read)),
                 _ => return Err(ArgumentError::NoAction(text)),
             };
             continue;
@@ -143,6 +149,7 @@ mod tests {
     fn the_version_needs_nothing_else() {
         assert_eq!(parsed(&["-v"]).unwrap().0, Action::Version);
         assert_eq!(parsed(&["--info"]).unwrap().0, Action::Info);
+        assert_eq!(parsed(&[MAKE_TEMPLATE]).unwrap().0, Action::MakeTemplate);
     }
 
     #[test]

@@ -14,8 +14,8 @@ use hull_pod::metrics::Meter;
 use hull_pod::network::{Namespace, VhostNet};
 use hull_pod::supervisor::api::{Exec, Size};
 use hull_pod::supervisor::{
-    Boot, Console, Guest, HostNetwork, Inserted, Installation, Limits, MAX_SLOTS, PodFailure,
-    PodNetwork, Queues,
+    Boot, Console, Guest, HostNetwork, Inserted, Installation, Limits, MAX_SLOTS, Maker,
+    PodFailure, PodNetwork, Queues, Recipe, Shelf,
 };
 use hull_pod::text::chain;
 use hull_pod::volumes::{NetworkFacts, Share};
@@ -29,7 +29,7 @@ use crate::failure::TaskError;
 use crate::forward::Forwarding;
 use crate::pids::{self, Sharing};
 use crate::pod::{Pod, RootMount};
-use crate::{mounts, spec};
+use crate::{mounts, spec, templates};
 
 /// So many lines of the guest's console are told with a boot that failed.
 const CONSOLE_TAIL: usize = 10;
@@ -47,6 +47,9 @@ pub struct MachinePod {
     limits: Limits,
     /// The pod's network namespace, which this process is in. None: the host's, which a machine can't have.
     namespace: Option<Namespace>,
+    /// Whose pod it is.
+    tenant: String,
+    maker: Arc<Maker>,
     /// Held while the machine is taken down.
     ending: Arc<Mutex<()>>,
     /// Whether the machine is to end.
@@ -84,11 +87,18 @@ struct Volumes {
 
 impl MachinePod {
     #[must_use]
-    pub fn new(configuration: Configuration, namespace: Option<Namespace>) -> Self {
+    pub fn new(
+        configuration: Configuration,
+        namespace: Option<Namespace>,
+        tenant: String,
+        maker: Arc<Maker>,
+    ) -> Self {
         Self {
             limits: Limits::of(&configuration),
             configuration,
             namespace,
+            tenant,
+            maker,
             ending: Arc::default(),
             asked: Arc::default(),
             up: watch::Sender::new(None),
@@ -153,14 +163,23 @@ impl MachinePod {
             Console::open(&bundle.path.join("console.log")).map_err(PodFailure::from)?;
         *console = Some(reader);
         let host = Arc::new(Mutex::new(host));
+        let shelf = Shelf::open(
+            &self.configuration,
+            templates::data_directory(),
+            &self.tenant,
+            &self.maker,
+        );
         let boot = Boot {
-            installation: &installation,
-            limits: self.limits,
-            size,
+            recipe: Recipe {
+                installation,
+                limits: self.limits,
+                size,
+                disk_slots,
+                nets,
+            },
             console: pipe,
             share: &share,
-            disk_slots,
-            nets,
+            shelf: shelf.map_err(PodFailure::from)?,
         };
         let launched = boot.launch().await?;
         // While it boots.
@@ -297,6 +316,7 @@ impl Pod for MachinePod {
         let machine = self.up()?;
         machine.network.look_again().await?;
         machine.guest.agent().start_container(name).await?;
+        machine.guest.order_template();
         footprint::shrink();
         Ok(())
     }

@@ -27,6 +27,7 @@ mod start;
 mod steer;
 mod streams;
 mod tasks;
+mod templates;
 mod usage;
 
 use std::error::Error;
@@ -50,6 +51,9 @@ fn main() -> ExitCode {
         Action::Start => start::start(&arguments).map_err(Box::<dyn Error>::from),
         Action::Delete => delete::delete(&arguments).map_err(Box::<dyn Error>::from),
         Action::Serve => return serve(&arguments),
+        Action::MakeTemplate => templates::make()
+            .map(|()| Vec::new())
+            .map_err(Box::<dyn Error>::from),
         Action::Version => {
             Ok(format!("containerd-shim-hull-v2 {}\n", env!("CARGO_PKG_VERSION")).into_bytes())
         }

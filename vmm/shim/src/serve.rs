@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use hull_pod::configuration::{Configuration, ConfigurationError};
 use hull_pod::network::{Namespace, WiringError};
-use hull_pod::supervisor::Limits;
+use hull_pod::supervisor::{Limits, Maker};
 use hull_pod::volumes::{VolumeError, enter_private_namespace};
 use rustix::fs::Mode;
 use tokio::signal::unix::{SignalKind, signal};
@@ -30,6 +30,7 @@ use crate::options;
 use crate::service::services;
 use crate::start::{READY, TTRPC_ADDRESS};
 use crate::tasks::Tasks;
+use crate::templates;
 
 /// For the last events.
 const FLUSH: Duration = Duration::from_secs(5);
@@ -83,6 +84,7 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
     raise_oom_score();
     let bundle = Bundle::read(&directory)?;
     let host = Host::here().map_err(io_error("opening the host's namespaces"))?;
+    let maker = Maker::here().map_err(io_error("opening the host's namespaces"))?;
     if let Some(cgroup) = cgroup::of(&bundle.spec)
         && let Err(error) = cgroup::enter(&cgroup)
     {
@@ -107,7 +109,12 @@ pub fn serve(arguments: &Arguments) -> Result<(), ServeError> {
         .enable_all()
         .build()
         .map_err(io_error("starting tasks"))?;
-    let pod = Arc::new(MachinePod::new(configuration.clone(), namespace));
+    let pod = Arc::new(MachinePod::new(
+        configuration.clone(),
+        namespace,
+        templates::tenant(arguments, &bundle),
+        Arc::new(maker),
+    ));
     let measured = metrics::serve(
         arguments,
         metrics::identity(arguments, &bundle),

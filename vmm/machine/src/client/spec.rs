@@ -2,6 +2,8 @@
 
 use std::os::fd::OwnedFd;
 
+use serde::{Deserialize, Serialize};
+
 use crate::config::{
     BlockConfig, BootConfig, CachePolicy, ConsoleConfig, FdIndex, MachineConfig, NetConfig,
     NetLimits, ShareConfig, Start, TapConfig, TapDescriptors, VsockConfig,
@@ -199,7 +201,7 @@ pub struct SnapshotFiles {
 }
 
 /// A network interface; see [`NetConfig`].
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct NetSpec {
     pub mac: [u8; 6],
     /// 68 to 65535.

@@ -1,5 +1,7 @@
 //! How large a pod's machine is.
 
+use serde::{Deserialize, Serialize};
+
 use super::resources::Amounts;
 use crate::manifest::PodManifest;
 
@@ -33,7 +35,7 @@ impl Default for Sizing {
 }
 
 /// The machine for a pod.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineSize {
     pub vcpus: u8,
     pub memory_mib: u64,

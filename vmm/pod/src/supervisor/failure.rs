@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use hull_machine::client::{LaunchError, PlugError};
+use hull_machine::client::{LaunchError, PlugError, SnapshotError};
 use hull_machine::control::ExitReason;
 
 use super::installation::InstallationError;
@@ -12,6 +12,7 @@ use crate::network::WiringError;
 use crate::networks::NetworkError;
 use crate::oci::SpecError;
 use crate::state::StateError;
+use crate::templates::TemplateError;
 use crate::volumes::VolumeError;
 
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +43,10 @@ pub enum PodFailure {
     },
     #[error("giving the machine a network interface")]
     Plug(#[from] PlugError),
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    #[error("making a template")]
+    Snapshot(#[from] SnapshotError),
     #[error("starting the machine")]
     Launch(#[from] LaunchError),
     #[error("the machine ended")]
@@ -75,6 +80,7 @@ impl PodFailure {
             Self::Installation(_) | Self::Launch(_) => "MachineNotStarted",
             Self::Image(_) => "ImageError",
             Self::Volume(_) => "VolumeError",
+            Self::Template(_) | Self::Snapshot(_) => "TemplateError",
             Self::Network(_) | Self::Wiring(_) | Self::Plug(_) => "NetworkError",
             Self::Spec { .. } => "SpecError",
             Self::MachineEnded(ExitReason::Panic) => "GuestPanic",

@@ -1,140 +1,40 @@
 //! A machine with its agent and infra: what the containers of every pod run in, whoever runs them.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use hull_machine::client::{GuestConnection, Machine, NetSpec};
+use hull_machine::client::Machine;
 use hull_machine::config::TapDescriptors;
-use hull_protocol::READY_PORT;
 use tokio::net::UnixStream;
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::Mutex;
 use tokio::time::timeout;
 
-use super::disks::{self, Disks, MAX_SLOTS};
+use super::disks::Disks;
 use super::failure::PodFailure;
-use super::installation::Installation;
-use super::limits::Limits;
-use super::machine::{SHARE_TAG, spec};
+use super::machine::SHARE_TAG;
 use super::network::{HostNetwork, PodNetwork};
+use super::template::Wanted;
 use crate::agent::network::Plan;
-use crate::agent::{Agent, AgentError, GuestInfo, GuestSize, Process};
+use crate::agent::{Agent, AgentError, Process};
 use crate::metrics::Meter;
 use crate::oci::{InfraSpec, MachineSize};
-use crate::volumes::{MemoryVolume, Share};
-
-/// All that a machine is started with, but for its network.
-#[derive(Debug)]
-pub struct Boot<'a> {
-    pub installation: &'a Installation,
-    pub limits: Limits,
-    pub size: MachineSize,
-    /// Where the guest's console goes: a pipe that is read.
-    pub console: OwnedFd,
-    pub share: &'a Share,
-    /// Slots for root file systems on disks, at most [`super::MAX_SLOTS`].
-    pub disk_slots: u8,
-    /// See [`HostNetwork::devices`].
-    pub nets: Vec<NetSpec>,
-}
-
-impl Boot<'_> {
-    /// Starts the machine. It dies when what is returned is dropped.
-    ///
-    /// # Errors
-    /// When a file of Hull's own, KVM or `hull-vmm` says no.
-    pub async fn launch(self) -> Result<Launched, PodFailure> {
-        let spec = spec(
-            self.installation,
-            self.size,
-            self.console,
-            self.share.root(),
-        )?;
-        let slots = self.disk_slots.min(MAX_SLOTS);
-        let spec = (0..slots).fold(spec, |spec, slot| spec.disk_slot(disks::serial(slot)));
-        let spec = self
-            .nets
-            .into_iter()
-            .fold(spec, |spec, net| spec.net(net, None));
-        let begun = Instant::now();
-        let (machine, connections) = Machine::launch(&self.installation.vmm, spec).await?;
-        let machine = Arc::new(machine);
-        Ok(Launched {
-            disks: Disks::new(Arc::clone(&machine), slots),
-            machine,
-            connections,
-            limits: self.limits,
-            size: self.size,
-            begun,
-        })
-    }
-}
-
-/// A machine that boots.
-#[derive(Debug)]
-pub struct Launched {
-    machine: Arc<Machine>,
-    disks: Disks,
-    connections: mpsc::Receiver<GuestConnection>,
-    limits: Limits,
-    size: MachineSize,
-    begun: Instant,
-}
-
-impl Launched {
-    /// Of `hull-vmm`.
-    #[must_use]
-    pub fn pid(&self) -> Option<u32> {
-        u32::try_from(self.machine.pid()).ok()
-    }
-
-    /// Waits until the agent has answered.
-    ///
-    /// # Errors
-    /// When it doesn't in time, or the machine ends.
-    pub async fn meet(self) -> Result<(Guest, GuestInfo), PodFailure> {
-        let Self {
-            machine,
-            disks,
-            connections,
-            limits,
-            size,
-            begun,
-        } = self;
-        let alive = agent_ready(&machine, connections, limits.agent_ready).await?;
-        let agent = Agent::connect(Arc::<Machine>::clone(&machine), limits.call).await?;
-        let info = agent
-            .hello(GuestSize {
-                vcpus: size.vcpus,
-                added_memory_mib: 0,
-            })
-            .await?;
-        let guest = Guest {
-            machine,
-            disks,
-            agent,
-            alive,
-            end: limits.end,
-            size,
-            boot: begun.elapsed(),
-        };
-        Ok((guest, info))
-    }
-}
+use crate::volumes::MemoryVolume;
 
 /// A machine whose agent has answered.
 #[derive(Debug)]
 pub struct Guest {
-    machine: Arc<Machine>,
-    disks: Disks,
-    agent: Agent,
+    pub(super) machine: Arc<Machine>,
+    pub(super) disks: Disks,
+    pub(super) agent: Agent,
     /// Open as long as the agent lives.
-    alive: UnixStream,
+    pub(super) alive: UnixStream,
     /// See [`Limits::end`].
-    end: Duration,
-    size: MachineSize,
+    pub(super) end: Duration,
+    pub(super) size: MachineSize,
     /// From its start to the agent's answer.
-    boot: Duration,
+    pub(super) boot: Duration,
+    /// A template of its kind, if there was none and there should be.
+    pub(super) wanted: Option<Wanted>,
 }
 
 impl Guest {
@@ -214,6 +114,13 @@ impl Guest {
         )
     }
 
+    /// Has a template of the machine's kind made, if there was none. Pods that come later begin with that.
+    pub fn order_template(&self) {
+        if let Some(wanted) = &self.wanted {
+            wanted.order();
+        }
+    }
+
     /// Waits for whatever ends a pod against its will.
     pub async fn death(&self) -> PodFailure {
         tokio::select! {
@@ -248,26 +155,5 @@ impl Guest {
             self.machine.stop().await;
             let _ = timeout(self.end, self.machine.wait()).await;
         }
-    }
-}
-
-/// Waits for the agent's word that it is ready.
-async fn agent_ready(
-    machine: &Machine,
-    mut connections: mpsc::Receiver<GuestConnection>,
-    limit: Duration,
-) -> Result<UnixStream, PodFailure> {
-    let ready = async {
-        loop {
-            match connections.recv().await {
-                Some(connection) if connection.port == READY_PORT => return Ok(connection.stream),
-                Some(_) => {}
-                None => return Err(PodFailure::MachineEnded(machine.wait().await)),
-            }
-        }
-    };
-    tokio::select! {
-        ready = timeout(limit, ready) => ready.unwrap_or(Err(PodFailure::AgentNotReady(limit))),
-        reason = machine.wait() => Err(PodFailure::MachineEnded(reason)),
     }
 }

@@ -6,10 +6,12 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::configuration::Configuration;
 
 /// The files that make a machine.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Installation {
     pub vmm: PathBuf,
     pub kernel: PathBuf,

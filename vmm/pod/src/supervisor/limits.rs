@@ -3,10 +3,12 @@
 use std::env;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::configuration::Configuration;
 
 /// Long enough never to fire where nothing is wrong, on slow machines by a factor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
     /// From the machine's start to the agent's word that it is ready.
     pub agent_ready: Duration,

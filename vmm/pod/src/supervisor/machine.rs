@@ -4,12 +4,11 @@ use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use hull_machine::client::MachineSpec;
+use hull_machine::client::{MachineSpec, SnapshotFiles};
 use hull_machine::config::CachePolicy;
 use hull_protocol::READY_PORT;
 
 use super::failure::PodFailure;
-use super::installation::Installation;
 use crate::oci::MachineSize;
 
 /// The pod's virtio-fs share.
@@ -17,13 +16,24 @@ pub const SHARE_TAG: &str = "hull";
 /// Any will do: the guest's only peer is its own supervisor.
 const CID: u32 = 3;
 /// A panic is told by pvpanic once its driver is there, and before that by the reset that follows.
-/// Legacy devices that this machine doesn't have are not looked for.
-const CMDLINE: &str = "console=hvc0 loglevel=4 panic=-1 reboot=acpi random.trust_cpu=on \
-                       8250.nr_uarts=0 cgroup_no_v1=all";
+/// Legacy devices that this machine doesn't have are not looked for. The agent brings the other processors up, so that
+/// those of a template never ran and a clone can do without.
+pub const CMDLINE: &str = "console=hvc0 loglevel=4 panic=-1 reboot=acpi random.trust_cpu=on \
+                       8250.nr_uarts=0 cgroup_no_v1=all maxcpus=1";
+
+/// Where a machine begins.
+#[derive(Debug)]
+pub enum Begin<'a> {
+    Boot {
+        kernel: &'a Path,
+        initramfs: &'a Path,
+    },
+    Clone(SnapshotFiles),
+}
 
 /// Opens all that the machine needs.
 pub fn spec(
-    installation: &Installation,
+    begin: Begin<'_>,
     size: MachineSize,
     console: OwnedFd,
     share: BorrowedFd<'_>,
@@ -42,11 +52,15 @@ pub fn spec(
             path: "the share".into(),
             source,
         })?;
-    Ok(MachineSpec::new(kvm, open(&installation.kernel)?, console)
+    let spec = match begin {
+        Begin::Boot { kernel, initramfs } => MachineSpec::new(kvm, open(kernel)?, console)
+            .memory_mib(size.memory_mib)
+            .initramfs(open(initramfs)?)
+            .cmdline(CMDLINE),
+        Begin::Clone(files) => MachineSpec::restored(kvm, files, console),
+    };
+    Ok(spec
         .vcpus(size.vcpus)
-        .memory_mib(size.memory_mib)
-        .initramfs(open(&installation.initramfs)?)
-        .cmdline(CMDLINE)
         .share(SHARE_TAG, share, false, CachePolicy::Auto)
         .vsock(CID, vec![READY_PORT])
         .balloon())

@@ -6,6 +6,7 @@
 
 pub mod api;
 mod backoff;
+mod boot;
 mod console;
 mod container;
 mod disks;
@@ -23,15 +24,18 @@ mod pod;
 mod record;
 mod server;
 mod stop;
+mod template;
 mod work;
 
+pub use boot::{Boot, Launched, Recipe};
 pub use console::Console;
 pub use disks::{Disks, DisksError, Inserted, MAX_SLOTS};
 pub use failure::PodFailure;
-pub use guest::{Boot, Guest, Launched};
+pub use guest::Guest;
 pub use installation::{Installation, InstallationError};
 pub use limits::Limits;
 pub use network::{HostNetwork, PodNetwork, Queues, RewireError};
+pub use template::{MAKE_TEMPLATE, Maker, Order, Shelf, Wanted, make_ordered};
 
 use std::fs::File;
 use std::io;
@@ -52,6 +56,7 @@ use api::Request;
 use pause::Pause;
 use pod::Pod;
 pub(crate) use pod::PodContext;
+pub use pod::TENANT;
 use record::Record;
 use server::Service;
 use stop::Stop;
@@ -108,12 +113,20 @@ pub fn supervise(
     let host_mounts = File::open("/proc/thread-self/ns/mnt")
         .map_err(io_error("opening the host's mount namespace"))?
         .into();
+    let maker = Arc::new(Maker::here().map_err(io_error("opening the host's namespaces"))?);
     crate::volumes::enter_private_namespace().map_err(SupervisorError::Namespace)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(io_error("starting tasks"))?;
-    let result = runtime.block_on(serve(directories, id, configuration, channel, host_mounts));
+    let result = runtime.block_on(serve(
+        directories,
+        id,
+        configuration,
+        channel,
+        host_mounts,
+        maker,
+    ));
     // A log that waits for its disk must not hold up the end.
     runtime.shutdown_background();
     result
@@ -148,6 +161,7 @@ async fn serve(
     configuration: Configuration,
     starter: Channel,
     host_mounts: OwnedFd,
+    maker: Arc<Maker>,
 ) -> Result<(), SupervisorError> {
     let dir = directories.pod(id);
     let manifest = read_manifest(&dir.manifest())?;
@@ -177,6 +191,7 @@ async fn serve(
         directories: directories.clone(),
         configuration,
         host_mounts,
+        maker,
         manifest: Arc::new(manifest),
         record,
         stop,

@@ -176,25 +176,20 @@ impl HostNetwork {
     /// The machine's interfaces, each with this bandwidth. Their links are down until their taps are plugged.
     #[must_use]
     pub fn devices(&self, bandwidth: Bandwidth) -> Vec<NetSpec> {
-        let Some(wiring) = &self.wiring else {
-            return Vec::new();
+        let limits = NetLimits {
+            receive: limits(bandwidth.ingress),
+            transmit: limits(bandwidth.egress),
         };
-        let udp_segmentation = network::taps_segment_udp();
-        let device = |number| {
-            let [a, b, c, d, e] = FIRST_MAC;
-            NetSpec {
-                mac: [a, b, c, d, e, number],
-                mtu: MAX_MTU,
-                queue_pairs: wiring.plug.queue_pairs(),
-                udp_segmentation,
-                limits: NetLimits {
-                    receive: limits(bandwidth.ingress),
-                    transmit: limits(bandwidth.egress),
-                },
-            }
-        };
-        let numbers = (0..=u8::MAX).zip(&wiring.devices);
-        numbers.map(|(number, _)| device(number)).collect()
+        self.wiring.as_ref().map_or_else(Vec::new, |wiring| {
+            devices(wiring.devices.len(), wiring.plug.queue_pairs(), limits)
+        })
+    }
+
+    /// The interfaces of a machine with so many processors and networks, for a template.
+    #[must_use]
+    pub fn devices_for(interfaces: usize, vcpus: u8) -> Vec<NetSpec> {
+        let plug = Plug::new(interfaces, vcpus, VhostNet::Off);
+        devices(interfaces, plug.queue_pairs(), NetLimits::default())
     }
 
     /// Undoes [`Self::connect`], when the machine is gone. What fails is logged, and tried again by
@@ -264,6 +259,21 @@ impl Wiring {
             addresses: addresses(&self.observed),
         }))
     }
+}
+
+fn devices(count: usize, queue_pairs: u8, limits: NetLimits) -> Vec<NetSpec> {
+    let udp_segmentation = network::taps_segment_udp();
+    let [a, b, c, d, e] = FIRST_MAC;
+    (0..=u8::MAX)
+        .take(count)
+        .map(|number| NetSpec {
+            mac: [a, b, c, d, e, number],
+            mtu: MAX_MTU,
+            queue_pairs,
+            udp_segmentation,
+            limits,
+        })
+        .collect()
 }
 
 /// Of so many bits a second.

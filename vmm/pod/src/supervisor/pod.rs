@@ -10,10 +10,11 @@ use jiff::Timestamp;
 use tokio::sync::{Mutex, oneshot};
 use tokio::task::JoinSet;
 
+use super::boot::{Boot, Launched, Recipe};
 use super::console::Console;
 use super::container::{Container, Prepared, Role};
 use super::failure::PodFailure;
-use super::guest::{Boot, Guest, Launched};
+use super::guest::Guest;
 use super::installation::Installation;
 use super::join::Joins;
 use super::limits::Limits;
@@ -21,6 +22,7 @@ use super::network::{HostNetwork, PodNetwork, Queues};
 use super::record::Record;
 use super::server::Service;
 use super::stop::Stop;
+use super::template::{Maker, Shelf};
 use super::work::{Outcome, Work};
 use crate::agent::Agent;
 use crate::configuration::Configuration;
@@ -36,6 +38,9 @@ use crate::volumes::{MemoryVolume, NetworkFacts, Share};
 
 /// So many lines of the console are kept with a failure. A panic with its call trace takes up to 80.
 const CONSOLE_TAIL: usize = 100;
+
+/// Whose all pods are that `hull run` starts, for [`crate::templates`].
+pub const TENANT: &str = "cli";
 
 /// What the containers of a running pod work with.
 #[derive(Debug)]
@@ -56,6 +61,7 @@ pub(super) struct Pod {
     pub configuration: Configuration,
     /// The mount namespace that the supervisor came from.
     pub host_mounts: OwnedFd,
+    pub maker: Arc<Maker>,
     pub manifest: Arc<PodManifest>,
     pub record: Arc<Record>,
     pub stop: Stop,
@@ -194,13 +200,21 @@ impl Pod {
         let (reader, pipe) = Console::open(&self.record.dir().console())?;
         *console = Some(reader);
         let boot = Boot {
-            disk_slots: 0,
-            installation,
-            limits: self.service.limits,
-            size: oci::machine_size(&self.manifest, self.configuration.sizing),
+            recipe: Recipe {
+                installation: installation.clone(),
+                limits: self.service.limits,
+                size: oci::machine_size(&self.manifest, self.configuration.sizing),
+                disk_slots: 0,
+                nets,
+            },
             console: pipe,
             share,
-            nets,
+            shelf: Shelf::open(
+                &self.configuration,
+                self.directories.data().to_owned(),
+                TENANT,
+                &self.maker,
+            )?,
         };
         let launched = boot.launch().await?;
         self.record.update(|status| status.vmm_pid = launched.pid());
@@ -309,7 +323,7 @@ impl Pod {
         // It can be set but once, and this runs but once.
         let joins = self.service.joins.get_or_init(|| joins);
         let all = async {
-            self.containers(&context, ground.init, ground.containers)
+            self.containers(guest, &context, ground.init, ground.containers)
                 .await?;
             joins.finished().await;
             Ok(())
@@ -336,6 +350,7 @@ impl Pod {
     /// it has been started. Until the pod is asked to end, and they have.
     async fn containers(
         &self,
+        guest: &Guest,
         context: &Arc<PodContext>,
         init: Vec<Prepared>,
         containers: Vec<Prepared>,
@@ -375,6 +390,7 @@ impl Pod {
             status.message = None;
             status.started_at = Some(Timestamp::now());
         });
+        guest.order_template();
         footprint::shrink();
         while let Some(ended) = running.join_next().await {
             ended??;
