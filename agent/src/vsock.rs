@@ -5,12 +5,14 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use hull_protocol::{AGENT_PORT, READY_PORT, STREAM_PORT};
-use tokio::io::AsyncReadExt;
+use rustix::io::Errno;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockAddr, VsockListener, VsockStream};
 
 use crate::endpoint::Endpoint;
@@ -51,16 +53,27 @@ enum Gone {
 
 /// Tells the host that the agent is ready, and returns when it has gone.
 async fn host_until_it_goes() -> Result<Gone> {
-    let mut ready = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT))
+    let ready = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, READY_PORT))
         .await
         .doing(|| "telling the host that the agent is ready".into())?;
+    let doing = || "watching the connection to the host".into();
+    // A reset is an error to poll, but nothing to read: a reader by itself would never wake.
+    let interest = Interest::READABLE | Interest::ERROR;
+    let watched = ready.as_fd().try_clone_to_owned().doing(doing)?;
+    // SAFETY: a descriptor that is owned stays what it is until it is dropped.
+    let watched = unsafe { AsyncFd::register_with_interest(watched, interest) }
+        .map_err(io::Error::from)
+        .doing(doing)?;
     // Nothing comes on it but its end.
     let mut buffer = [0; 64];
     loop {
-        match ready.read(&mut buffer).await {
-            Ok(1..) => {}
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(Gone::Reset),
-            Ok(0) | Err(_) => return Ok(Gone::Closed),
+        let mut readiness = watched.ready(interest).await.doing(doing)?;
+        match rustix::io::read(&watched, &mut buffer) {
+            Ok(0) => return Ok(Gone::Closed),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => readiness.clear_ready(),
+            // Whether the host is there the next connection tells.
+            Err(_) => return Ok(Gone::Reset),
         }
     }
 }

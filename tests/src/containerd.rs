@@ -158,6 +158,8 @@ conf_dir = "{run}/cni"
         let daemon = Command::new("containerd")
             .arg("--config")
             .arg(self.run.path().join("config.toml"))
+            // What a test sees must not depend on which pods came before.
+            .env("HULL_TEMPLATES", "off")
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("descriptors are left"))

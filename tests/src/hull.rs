@@ -16,6 +16,8 @@ pub struct Hull {
     data: Data,
     work: TempDir,
     guest: Option<PathBuf>,
+    /// Which templates machines begin with.
+    templates: &'static str,
 }
 
 /// A data directory.
@@ -86,6 +88,8 @@ impl Hull {
             data,
             work: tempfile::tempdir().expect("a temporary directory"),
             guest: None,
+            // What a test sees must not depend on which pods came before.
+            templates: "off",
         }
     }
 
@@ -101,6 +105,13 @@ impl Hull {
     #[must_use]
     pub fn with_guest(mut self, guest: impl Into<PathBuf>) -> Self {
         self.guest = Some(guest.into());
+        self
+    }
+
+    /// Whose machines begin with templates; those of other hosts don't.
+    #[must_use]
+    pub fn with_templates(mut self) -> Self {
+        self.templates = "tenant";
         self
     }
 
@@ -126,7 +137,10 @@ impl Hull {
     #[must_use]
     pub fn command<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Command {
         let mut command = command(&self.run_dir(), self.data.path());
-        command.args(args).stdin(Stdio::null());
+        command
+            .args(args)
+            .env("HULL_TEMPLATES", self.templates)
+            .stdin(Stdio::null());
         if let Some(guest) = &self.guest {
             command.env("HULL_GUEST_DIR", guest);
         }
@@ -141,6 +155,7 @@ impl Hull {
             .args(["--quiet", "--return", "--command", text, "/dev/null"])
             .env("HULL_RUN_DIR", self.run_dir())
             .env("HULL_DATA_DIR", self.data.path())
+            .env("HULL_TEMPLATES", self.templates)
             .stdin(Stdio::null());
         command
     }

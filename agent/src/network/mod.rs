@@ -8,6 +8,7 @@
 //! a worker of the runtime goes on to other tasks.
 
 mod addresses;
+mod channels;
 mod devices;
 pub mod forward;
 mod links;
@@ -79,6 +80,9 @@ async fn apply(
     let pod = Netlink::open().doing(|| "opening netlink in infra's network".into())?;
     let namespace = File::open(OWN_NAMESPACE).doing(|| format!("opening {OWN_NAMESPACE}"))?;
     let indexes = links::bring(&plan.interfaces, device_of, home, &pod, namespace.as_fd()).await?;
+    for Interface { name, .. } in &plan.interfaces {
+        channels::use_all(name)?;
+    }
     // They may decide what the interface does when it comes up.
     ignore_routers(&plan.interfaces, sysctls)?;
     set_sysctls(sysctls)?;

@@ -26,5 +26,6 @@ mod pod_rules;
 mod ports;
 mod run;
 mod streams;
+mod templates;
 mod volumes;
 mod wordpress;

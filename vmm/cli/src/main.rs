@@ -9,6 +9,7 @@ mod progress;
 mod session;
 mod terminal;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -18,6 +19,7 @@ use hull_pod::networks;
 use hull_pod::state::{Directories, Registry};
 use hull_pod::supervisor::{Limits, MAKE_TEMPLATE};
 
+use crate::commands::supervise::Order;
 use crate::failure::Failure;
 
 const EXIT_CODES: &str = "\
@@ -94,8 +96,6 @@ enum Command {
     Check(commands::check::Args),
     Gc(commands::gc::Args),
     Completion(commands::completion::Args),
-    #[command(hide = true)]
-    Supervise(commands::supervise::Args),
     #[command(hide = true, name = MAKE_TEMPLATE)]
     MakeTemplate,
 }
@@ -133,12 +133,16 @@ impl Host {
 }
 
 fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if let Some(order) = Order::read(&arguments) {
+        return ended(order.run());
+    }
     let cli = Cli::parse();
     let host = Host {
         directories: Directories::new(absolute(cli.run_dir), absolute(cli.data_dir)),
         configuration: cli.config.map(absolute),
     };
-    let done = match cli.command {
+    ended(match cli.command {
         Command::Run(args) => commands::run::run(&host, args),
         Command::Ps(args) => commands::ps::run(&host, &args),
         Command::Logs(args) => commands::logs::run(&host, args),
@@ -163,8 +167,10 @@ fn main() -> ExitCode {
         Command::Gc(args) => commands::gc::run(&host, &args),
         Command::Completion(args) => commands::completion::run(&args),
         Command::MakeTemplate => commands::template::make(),
-        Command::Supervise(args) => commands::supervise::run(&host, args),
-    };
+    })
+}
+
+fn ended(done: Result<(), Failure>) -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),

@@ -43,8 +43,6 @@ impl ThreadClass {
 /// Why a process or thread could not be confined.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfineError {
-    #[error("compiling the seccomp filters")]
-    Compile(#[from] seccompiler::BackendError),
     #[error("starting the thread that starts threads")]
     Nursery(#[source] io::Error),
     #[error("the process is confined already")]
@@ -88,11 +86,11 @@ struct Order {
 pub fn confine() -> Result<Unconfined, ConfineError> {
     share_one_heap()?;
     let nursery = Nursery {
-        own: seccomp::program(Scope::Nursery)?,
-        vcpu: seccomp::program(Scope::Class(ThreadClass::Vcpu))?,
-        device: seccomp::program(Scope::Class(ThreadClass::Device))?,
-        file_system: seccomp::program(Scope::Class(ThreadClass::FileSystem))?,
-        control: seccomp::program(Scope::Class(ThreadClass::Control))?,
+        own: seccomp::program(Scope::Nursery),
+        vcpu: seccomp::program(Scope::Class(ThreadClass::Vcpu)),
+        device: seccomp::program(Scope::Class(ThreadClass::Device)),
+        file_system: seccomp::program(Scope::Class(ThreadClass::FileSystem)),
+        control: seccomp::program(Scope::Class(ThreadClass::Control)),
     };
     let control = nursery.control.clone();
     let (orders, received) = mpsc::channel();

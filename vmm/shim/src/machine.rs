@@ -187,10 +187,12 @@ impl MachinePod {
             let host = Arc::clone(&host);
             move || host.blocking_lock().connect()
         });
+        let template = launched.template().map(str::to_owned);
         let (guest, info) = launched.meet().await?;
         tracing::info!(
             kernel = info.kernel_release,
             agent = info.agent_version,
+            template,
             "the guest is up"
         );
         guest.start_infra(&infra, &[]).await?;

@@ -1,5 +1,7 @@
 //! `hull check`: whether this host can run pods, and what to do where it can't.
 
+mod cost;
+
 use std::fs;
 use std::io::IsTerminal;
 use std::path::Path;
@@ -31,6 +33,8 @@ pub struct Args {
 #[serde(rename_all = "lowercase")]
 enum Verdict {
     Ok,
+    /// Pods could start sooner, or take less.
+    Hint,
     /// Pods run, but something is not as it should be.
     Warning,
     Failure,
@@ -75,7 +79,7 @@ impl Finding {
 }
 
 pub fn run(host: &Host, args: &Args) -> Result<(), Failure> {
-    let findings = [
+    let mut findings = vec![
         processor(&fs::read_to_string("/proc/cpuinfo").unwrap_or_default()),
         kvm(),
         kernel(),
@@ -89,6 +93,7 @@ pub fn run(host: &Host, args: &Args) -> Result<(), Failure> {
         networks(host),
         directories(host),
     ];
+    findings.extend(cost::findings(Path::new("/")));
     match args.output.output {
         Some(format @ (Format::Json | Format::Yaml)) => print_value(&findings, format)?,
         _ => print_text(&text(&findings, std::io::stdout().is_terminal()))?,
@@ -104,6 +109,7 @@ fn text(findings: &[Finding], coloured: bool) -> String {
     for finding in findings {
         let (word, colour) = match finding.verdict {
             Verdict::Ok => ("ok", 32),
+            Verdict::Hint => ("hint", 36),
             Verdict::Warning => ("warning", 33),
             Verdict::Failure => ("FAIL", 31),
         };

@@ -3,7 +3,6 @@
 mod attendance;
 mod networking;
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 
 use hull_pod::client::Client;
@@ -11,13 +10,14 @@ use hull_pod::images::{ImageError, Store};
 use hull_pod::manifest::{self, PodManifest, RestartPolicy};
 use hull_pod::networks::Networks;
 use hull_pod::oci::{self, SpecError};
-use hull_pod::state::{Claim, ContainerStatus, Liveness, PodDir, Registry, StateError};
+use hull_pod::state::{Claim, ContainerStatus, Liveness, Registry, StateError};
 use hull_pod::supervisor::Installation;
 use hull_pod::text::chain;
 use hull_pod::volumes::{self, VolumeError};
 use k8s_openapi::api::core::v1::Container;
 
 use crate::Host;
+use crate::commands::supervise::Order;
 use crate::failure::Failure;
 use crate::pods;
 use attendance::{Attendance, Interrupts};
@@ -162,8 +162,11 @@ async fn start(
             registry.abandon(claim)?;
             continue;
         }
-        let args = supervisor_args(host, &claim.dir);
-        match Client::start(claim, manifest, &program, args) {
+        let order = Order {
+            host: host.clone(),
+            id: claim.dir.id().clone(),
+        };
+        match Client::start(claim, manifest, &program, order.arguments()) {
             Ok(client) => clients.push(client),
             Err(error) => failure = Some(error),
         }
@@ -199,19 +202,4 @@ fn claim(registry: &Registry, manifest: &PodManifest) -> Result<Claim, StateErro
         statuses(manifest.containers()),
         Some(manifest.source.clone()),
     )
-}
-
-fn supervisor_args(host: &Host, dir: &PodDir) -> Vec<OsString> {
-    let directories = &host.directories;
-    let configuration = host.configuration.iter();
-    let configuration = configuration.flat_map(|file| ["--config".into(), file.into()]);
-    let rest = [
-        "--run-dir".into(),
-        directories.run().into(),
-        "--data-dir".into(),
-        directories.data().into(),
-        "supervise".into(),
-        dir.id().as_str().into(),
-    ];
-    configuration.chain(rest).collect()
 }

@@ -108,6 +108,7 @@ impl Registry {
             finished_at: None,
             supervisor_pid: None,
             vmm_pid: None,
+            template: None,
             pod_ip: None,
             pod_ips: Vec::new(),
             network: None,

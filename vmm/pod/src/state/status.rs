@@ -62,6 +62,9 @@ pub struct PodStatus {
     /// `hull-vmm`, as the host sees it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vmm_pid: Option<u32>,
+    /// The template that its machine began with. None: it booted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<String>,
     /// The first of [`Self::pod_ips`].
     #[serde(default, rename = "podIP", skip_serializing_if = "Option::is_none")]
     pub pod_ip: Option<IpAddr>,
@@ -281,6 +284,7 @@ mod tests {
             finished_at: None,
             supervisor_pid: Some(1),
             vmm_pid: None,
+            template: None,
             pod_ip: None,
             pod_ips: vec![],
             network: None,

@@ -66,7 +66,12 @@ impl Boot<'_> {
                 let launched = self.recipe.launch(begin, console, self.share.root()).await;
                 match launched {
                     Err(PodFailure::Launch(error)) => Some(chain(&error)),
-                    launched => return launched,
+                    launched => {
+                        return Ok(Launched {
+                            template: Some(kind.id()),
+                            ..launched?
+                        });
+                    }
                 }
             }
             Ok(None) => None,
@@ -160,6 +165,7 @@ impl Recipe {
             limits: self.limits,
             size: self.size,
             begun,
+            template: None,
             wanted: None,
         })
     }
@@ -174,6 +180,7 @@ pub struct Launched {
     limits: Limits,
     size: MachineSize,
     begun: Instant,
+    template: Option<String>,
     wanted: Option<Wanted>,
 }
 
@@ -182,6 +189,12 @@ impl Launched {
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
         u32::try_from(self.machine.pid()).ok()
+    }
+
+    /// The template that the machine began with. None: it boots.
+    #[must_use]
+    pub fn template(&self) -> Option<&str> {
+        self.template.as_deref()
     }
 
     /// Waits until the agent has answered.
@@ -203,6 +216,7 @@ impl Launched {
             size,
             begun,
             wanted,
+            template: _,
         } = self;
         let alive = agent_ready(&machine, connections, limits.agent_ready).await?;
         let agent = Agent::connect(Arc::<Machine>::clone(&machine), limits.call).await?;

@@ -217,7 +217,10 @@ impl Pod {
             )?,
         };
         let launched = boot.launch().await?;
-        self.record.update(|status| status.vmm_pid = launched.pid());
+        self.record.update(|status| {
+            status.vmm_pid = launched.pid();
+            status.template = launched.template().map(str::to_owned);
+        });
         Ok(launched)
     }
 

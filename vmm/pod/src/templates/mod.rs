@@ -213,7 +213,8 @@ impl Templates {
         Ok(())
     }
 
-    /// Removes those with which no pod can begin any more, and of the others the least recently used beyond a bound.
+    /// Removes those with which no pod can begin any more, those whose makers died, and of the others the least recently
+    /// used beyond a bound.
     ///
     /// # Errors
     /// When the directory can't be read, or files can't be removed.
@@ -226,6 +227,13 @@ impl Templates {
         for summary in outdated.iter().chain(current.iter().skip(MOST)) {
             self.remove(&summary.id)?;
         }
+        for name in self.directories()? {
+            if let Some(id) = name.strip_prefix(UNFINISHED)
+                && let Ok(_lock) = self.lock(id)
+            {
+                self.remove_tree(&name)?;
+            }
+        }
         Ok(())
     }
 
@@ -235,17 +243,7 @@ impl Templates {
     /// [`TemplateError::BeingMade`] when somebody else has; when files can't be made.
     pub fn begin(&self, kind: Kind) -> Result<Unfinished, TemplateError> {
         let id = kind.id();
-        let lock_path = self.root.join(format!("{id}.{LOCK}"));
-        let lock = File::options()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(&lock_path)
-            .map_err(io_error(|| format!("opening {}", lock_path.display())))?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|_| TemplateError::BeingMade(id.clone()))?;
+        let lock = self.lock(&id)?;
         // Of somebody who died.
         self.remove_tree(&format!("{UNFINISHED}{id}"))?;
         let directory = self.root.join(format!("{UNFINISHED}{id}"));
@@ -258,20 +256,42 @@ impl Templates {
         })
     }
 
+    /// Takes the lock of who makes a template.
+    fn lock(&self, id: &str) -> Result<File, TemplateError> {
+        let path = self.root.join(format!("{id}.{LOCK}"));
+        let lock = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW)
+            .open(&path)
+            .map_err(io_error(|| format!("opening {}", path.display())))?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|_| TemplateError::BeingMade(id.to_owned()))?;
+        Ok(lock)
+    }
+
     fn ids(&self) -> Result<Vec<String>, TemplateError> {
+        let mut names = self.directories()?;
+        names.retain(|name| !name.starts_with('.'));
+        Ok(names)
+    }
+
+    fn directories(&self) -> Result<Vec<String>, TemplateError> {
         let doing = || format!("reading {}", self.root.display());
-        let mut ids = Vec::new();
+        let mut names = Vec::new();
         for entry in fs::read_dir(&self.root).map_err(io_error(doing))? {
             let entry = entry.map_err(io_error(doing))?;
             let Ok(name) = entry.file_name().into_string() else {
                 continue;
             };
             let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-            if is_directory && !name.starts_with('.') {
-                ids.push(name);
+            if is_directory {
+                names.push(name);
             }
         }
-        Ok(ids)
+        Ok(names)
     }
 
     fn summary(&self, id: &str) -> Result<Option<Summary>, TemplateError> {

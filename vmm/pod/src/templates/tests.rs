@@ -171,3 +171,16 @@ fn who_makes_one_can_be_seen() {
     drop(unfinished);
     assert!(!templates.is_being_made(&kind));
 }
+
+#[test]
+fn what_a_maker_left_that_died_is_removed() {
+    let (data, templates) = store();
+    let place = data.path().join("templates").join(".new-0123");
+    fs::create_dir(&place).unwrap();
+    let alive = templates.begin(kind(&[])).unwrap();
+
+    templates.tidy().unwrap();
+
+    assert!(!place.exists());
+    assert!(alive.directory().exists());
+}

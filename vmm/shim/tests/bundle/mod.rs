@@ -67,6 +67,8 @@ impl Bundle {
 
     pub fn run(&self, action: &[&str], input: &[u8]) -> Output {
         let mut child = Command::new(PROGRAM)
+            // A bundle is the only pod there is.
+            .env("HULL_TEMPLATES", "off")
             .args(["-namespace", "default", "-id", self.id])
             .args(["-address", "/nowhere", "-publish-binary"])
             .arg(self.publisher())

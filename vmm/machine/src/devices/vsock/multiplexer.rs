@@ -6,6 +6,7 @@
 //! read from any socket: the writers on the host feel it.
 
 use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+use std::hash::{BuildHasher, RandomState};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -39,6 +40,8 @@ const TURNS: usize = 64;
 const MAX_WAITING_RESETS: usize = 256;
 /// First port of the host for its own connections. Linux takes ephemeral ports from below.
 const FIRST_HOST_PORT: u32 = 1 << 30;
+/// Ports for that; the last number is VMADDR_PORT_ANY.
+const HOST_PORTS: u32 = u32::MAX - FIRST_HOST_PORT;
 /// Names of sockets to epoll start here; the device's own descriptors have names below.
 pub(super) const FIRST_TOKEN: u64 = 16;
 
@@ -92,6 +95,14 @@ struct Entry {
     draining: bool,
 }
 
+/// Where host's ports begin, which differs from machine to machine: the guest of a clone may still hold ends of its
+/// template's connections, and would take what comes from their ports for theirs.
+fn any_host_port() -> u32 {
+    let random = RandomState::new().hash_one(());
+    let offset = random % u64::from(HOST_PORTS);
+    FIRST_HOST_PORT.saturating_add(u32::try_from(offset).unwrap_or(0))
+}
+
 impl Multiplexer {
     pub(super) fn new(
         config: &VsockConfig,
@@ -109,7 +120,7 @@ impl Multiplexer {
             deadlines: BTreeSet::new(),
             resets: VecDeque::new(),
             next_token: FIRST_TOKEN,
-            next_port: FIRST_HOST_PORT,
+            next_port: any_host_port(),
         }
     }
 
@@ -147,7 +158,6 @@ impl Multiplexer {
     fn free_port(&mut self, guest: u32) -> u32 {
         loop {
             let host = self.next_port;
-            // The last number is VMADDR_PORT_ANY.
             self.next_port = match host.wrapping_add(1) {
                 u32::MAX | 0 => FIRST_HOST_PORT,
                 next => next,

@@ -1,0 +1,240 @@
+//! Pods whose machines begin with a template, and what they don't have in common for that.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime};
+
+use hull_tests::hull::{Hull, assert_success};
+use hull_tests::pod::Pod;
+use hull_tests::{eventually, scaled};
+
+const SECOND: Duration = Duration::from_secs(1);
+/// For a template to be made, beside others.
+const LIMIT: Duration = Duration::from_secs(60);
+
+fn manifest(name: &str) -> String {
+    format!(
+        "apiVersion: v1
+kind: Pod
+metadata: {{name: {name}}}
+spec:
+  terminationGracePeriodSeconds: 0
+  volumes:
+  - name: data
+    emptyDir: {{}}
+  containers:
+  - name: main
+    image: busybox
+    command: [sleep, infinity]
+    volumeMounts: [{{name: data, mountPath: /data}}]
+"
+    )
+}
+
+/// The id of the template that a pod's machine began with.
+fn template(pod: &Pod<'_>) -> Option<String> {
+    let inspected = pod.inspect();
+    inspected["status"]["template"].as_str().map(str::to_owned)
+}
+
+fn current(hull: &Hull) -> Vec<String> {
+    let all = hull.json(["template", "ls"]);
+    let items = all["items"].as_array().cloned().unwrap_or_default();
+    items
+        .iter()
+        .filter(|template| template["current"] == true)
+        .map(|template| template["id"].as_str().expect("an id").to_owned())
+        .collect()
+}
+
+fn create(hull: &Hull) -> String {
+    hull.ok(["template", "create"]).trim().to_owned()
+}
+
+fn directory(hull: &Hull, id: &str) -> PathBuf {
+    hull.data_dir().join("templates").join(id)
+}
+
+fn says(hull: &Hull, pod: &str, script: &str) -> String {
+    let said = hull.ok(["exec", pod, "--", "sh", "-c", script]);
+    said.trim().to_owned()
+}
+
+#[test]
+fn the_first_pod_has_a_template_made_for_the_second() {
+    let hull = Hull::new().with_templates();
+    let first = Pod::start(&hull, "first", &manifest("first"));
+    assert_eq!(template(&first), None);
+    let made = eventually("a template is made", LIMIT, || current(&hull).pop());
+
+    let second = Pod::start(&hull, "second", &manifest("second"));
+
+    assert_eq!(template(&second), Some(made.clone()));
+    // It has all that a pod has.
+    assert_eq!(
+        says(&hull, "second", "echo x > /data/x; cat /data/x; hostname"),
+        "x\nsecond"
+    );
+    let address = second.addresses()[0].to_string();
+    assert_eq!(says(&hull, "second", "hostname -i"), address);
+    let ping = format!("ping -c 1 -w 20 {address} > /dev/null && echo reached");
+    assert_eq!(says(&hull, "first", &ping), "reached");
+    assert_eq!(
+        says(&hull, "second", "nproc"),
+        says(&hull, "first", "nproc")
+    );
+    let _ = hull.ok(["pause", "second"]);
+    let _ = hull.ok(["resume", "second"]);
+    assert_eq!(says(&hull, "second", "cat /data/x"), "x");
+    // The first goes on when the template is gone, and so does the second.
+    assert_eq!(hull.ok(["template", "rm", &made]).trim(), made);
+    assert_eq!(says(&hull, "second", "cat /data/x"), "x");
+    assert!(current(&hull).is_empty());
+}
+
+#[test]
+fn clones_have_nothing_of_their_own_in_common() {
+    let hull = Hull::new().with_templates();
+    let id = create(&hull);
+    let names = ["one", "two", "three"];
+    let pods: Vec<_> = names
+        .iter()
+        .map(|name| Pod::start(&hull, name, &manifest(name)))
+        .collect();
+    let mut seen = BTreeSet::new();
+    for (pod, name) in pods.iter().zip(names) {
+        assert_eq!(template(pod), Some(id.clone()));
+        for script in [
+            "cat /proc/sys/kernel/random/boot_id",
+            "cat /proc/sys/kernel/random/uuid",
+            "head -c 32 /dev/urandom | xxd -p",
+            "head -c 32 /dev/random | xxd -p",
+            "cat /sys/class/net/eth0/address",
+            "hostname -i",
+            "hostname",
+        ] {
+            let said = says(&hull, name, script);
+            assert!(seen.insert(said.clone()), "{name}: {script}: {said}");
+        }
+    }
+    // What one writes into its memory no other finds in its own: /dev/shm is memory of the guest.
+    let _ = says(
+        &hull,
+        "one",
+        "yes a-secret-of-one | head -c 4194304 > /dev/shm/secret",
+    );
+    let found = says(&hull, "two", "ls /dev/shm | wc -l");
+    assert_eq!(found, "0");
+}
+
+#[test]
+fn a_clones_clock_is_right_however_long_its_template_lay() {
+    let hull = Hull::new().with_templates();
+    let id = create(&hull);
+    let pod = Pod::start(&hull, "late", &manifest("late"));
+    assert_eq!(template(&pod), Some(id));
+
+    let guest: u64 = says(&hull, "late", "date +%s").parse().expect("seconds");
+    let host = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let host = host.expect("after 1970").as_secs();
+
+    assert!(
+        host.abs_diff(guest) <= scaled(2 * SECOND).as_secs(),
+        "{host} {guest}"
+    );
+}
+
+#[test]
+fn a_template_that_is_no_good_is_passed_over_and_made_anew() {
+    let hull = Hull::new().with_templates();
+    for damage in ["truncated", "deleted", "written", "description"] {
+        let id = create(&hull);
+        let directory = directory(&hull, &id);
+        let (state, memory) = (directory.join("state"), directory.join("memory"));
+        match damage {
+            "truncated" => {
+                let file = fs::File::options().write(true).open(&memory).unwrap();
+                file.set_len(1 << 20).unwrap();
+            }
+            "deleted" => fs::remove_file(&state).unwrap(),
+            "written" => {
+                let mut bytes = fs::read(&state).unwrap();
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 1;
+                fs::write(&state, bytes).unwrap();
+            }
+            _ => fs::write(directory.join("template.json"), "{}").unwrap(),
+        }
+        assert!(current(&hull).is_empty(), "{damage}");
+
+        let pod = Pod::start(&hull, "web", &manifest("web"));
+
+        assert_eq!(template(&pod), None, "{damage}");
+        let again = eventually("it is made again", LIMIT, || current(&hull).pop());
+        assert_eq!(again, id);
+        drop(pod);
+        let _ = hull.ok(["template", "rm", "--all"]);
+    }
+}
+
+#[test]
+fn who_wants_no_templates_has_none() {
+    let hull = Hull::new();
+    let pod = Pod::start(&hull, "web", &manifest("web"));
+    assert_eq!(template(&pod), None);
+
+    let refused = hull.run(["template", "create"]);
+
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("HULL_TEMPLATES"));
+    assert!(!hull.data_dir().join("templates").join(".new").exists());
+    assert!(hull.ok(["template", "ls", "--quiet"]).is_empty());
+}
+
+#[test]
+fn a_pod_of_another_size_has_another_template() {
+    let hull = Hull::new().with_templates();
+    let id = create(&hull);
+    let small = manifest("small").replace(
+        "    volumeMounts",
+        "    resources: {limits: {memory: 200Mi, cpu: 500m}}\n    volumeMounts",
+    );
+    let file = hull.manifest("small.yaml", &small);
+
+    let other = hull.ok(["template".as_ref(), "create".as_ref(), file.as_os_str()]);
+    let pod = Pod::start(&hull, "small", &small);
+
+    assert_eq!(template(&pod).as_deref(), Some(other.trim()));
+    assert_ne!(other.trim(), id);
+    assert_eq!(says(&hull, "small", "nproc"), "1");
+}
+
+#[test]
+fn many_clones_start_at_once() {
+    /// 50 take the lab, which has one processor, a minute or two.
+    const DEFAULT: usize = 12;
+    let count = std::env::var("HULL_TEST_CLONES").map_or(DEFAULT, |text| {
+        text.parse().expect("HULL_TEST_CLONES is a number")
+    });
+    let hull = Hull::new().with_templates();
+    let id = create(&hull);
+    let started: Vec<_> = (0..count)
+        .map(|number| {
+            let name = format!("pod-{number}");
+            let file = hull.manifest(&format!("{name}.yaml"), &manifest(&name));
+            let run = hull.command(["run", "-d"]).arg(file).spawn();
+            (name, run.expect("hull is on PATH"))
+        })
+        .collect();
+    let mut boots = BTreeSet::new();
+    for (name, run) in started {
+        assert_success(&run.wait_with_output().unwrap(), &name);
+        let pod = Pod::running(&hull, &name);
+        assert_eq!(template(&pod), Some(id.clone()), "{name}");
+        let boot = says(&hull, &name, "cat /proc/sys/kernel/random/boot_id");
+        assert!(boots.insert(boot), "{name}");
+        std::mem::forget(pod);
+    }
+    let _ = hull.ok(["rm", "--force", "--all"]);
+}
