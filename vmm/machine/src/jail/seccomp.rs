@@ -86,6 +86,12 @@ const EVERY: &[Call] = &[
     any(libc::SYS_rt_sigprocmask),
     any(libc::SYS_rt_sigreturn),
     any(libc::SYS_sigaltstack),
+    // where that handler finds another fault it leaves it to the kernel, so that the process ends by the signal
+    one_of(
+        libc::SYS_rt_sigaction,
+        0,
+        &[libc::SIGSEGV.cast_unsigned(), libc::SIGBUS.cast_unsigned()],
+    ),
     any(libc::SYS_getpid),
     any(libc::SYS_gettid),
     any(libc::SYS_tgkill),
@@ -113,6 +119,7 @@ const fn kvm_ioctl(direction: u32, number: u32, size: u32) -> u32 {
 
 const KVM_RUN: u32 = kvm_ioctl(0, 0x80, 0);
 const KVM_GET_REGS: u32 = kvm_ioctl(2, 0x81, 144);
+const KVM_SET_USER_MEMORY_REGION: u32 = kvm_ioctl(1, 0x46, 32);
 const KVM_SET_GSI_ROUTING: u32 = kvm_ioctl(1, 0x6A, 8);
 const KVM_KVMCLOCK_CTRL: u32 = kvm_ioctl(0, 0xAD, 0);
 const KVM_IRQFD: u32 = kvm_ioctl(1, 0x76, 32);
@@ -247,6 +254,9 @@ const DEVICE: &[Call] = &[
     any(libc::SYS_timerfd_settime),
 ];
 
+/// Memory that comes: a piece of this process's for the guest.
+const MEMORY: &[Call] = &[one_of(libc::SYS_ioctl, 1, &[KVM_SET_USER_MEMORY_REGION])];
+
 /// What the file server does to files, with the credentials of those who ask.
 const FILE_SYSTEM: &[Call] = &[
     any(libc::SYS_openat),
@@ -380,9 +390,19 @@ pub enum Scope {
 impl Scope {
     fn lists(self) -> &'static [&'static [Call]] {
         match self {
-            Self::Nursery => &[EVERY, VCPU, EVENTS, DEVICE, FILE_SYSTEM, CONTROL, NURSERY],
+            Self::Nursery => &[
+                EVERY,
+                VCPU,
+                EVENTS,
+                DEVICE,
+                MEMORY,
+                FILE_SYSTEM,
+                CONTROL,
+                NURSERY,
+            ],
             Self::Class(ThreadClass::Vcpu) => &[EVERY, VCPU],
             Self::Class(ThreadClass::Device) => &[EVERY, EVENTS, DEVICE],
+            Self::Class(ThreadClass::Memory) => &[EVERY, EVENTS, MEMORY],
             Self::Class(ThreadClass::FileSystem) => &[EVERY, EVENTS, FILE_SYSTEM],
             Self::Class(ThreadClass::Control) => &[EVERY, EVENTS, CONTROL],
         }
