@@ -74,6 +74,12 @@ const EVERY: &[Call] = &[
     any(libc::SYS_rt_sigprocmask),
     any(libc::SYS_rt_sigreturn),
     any(libc::SYS_sigaltstack),
+    // where that handler finds another fault it leaves it to the kernel, so that the process ends by the signal
+    one_of(
+        libc::SYS_rt_sigaction,
+        0,
+        &[libc::SIGSEGV.cast_unsigned(), libc::SIGBUS.cast_unsigned()],
+    ),
     any(libc::SYS_getpid),
     any(libc::SYS_gettid),
     any(libc::SYS_tgkill),
@@ -101,6 +107,7 @@ const fn kvm_ioctl(direction: u32, number: u32, size: u32) -> u32 {
 
 const KVM_RUN: u32 = kvm_ioctl(0, 0x80, 0);
 const KVM_GET_REGS: u32 = kvm_ioctl(2, 0x81, 144);
+const KVM_SET_USER_MEMORY_REGION: u32 = kvm_ioctl(1, 0x46, 32);
 const KVM_SET_GSI_ROUTING: u32 = kvm_ioctl(1, 0x6A, 8);
 const KVM_KVMCLOCK_CTRL: u32 = kvm_ioctl(0, 0xAD, 0);
 const KVM_IRQFD: u32 = kvm_ioctl(1, 0x76, 32);
@@ -235,6 +242,9 @@ const DEVICE: &[Call] = &[
     any(libc::SYS_timerfd_settime),
 ];
 
+/// Memory that comes: a piece of this process's for the guest.
+const MEMORY: &[Call] = &[one_of(libc::SYS_ioctl, 1, &[KVM_SET_USER_MEMORY_REGION])];
+
 /// What the file server does to files, with the credentials of those who ask.
 const FILE_SYSTEM: &[Call] = &[
     any(libc::SYS_openat),
@@ -358,13 +368,23 @@ const NURSERY: &[Call] = &[
 
 /// The filters by their names, each with the lists that it allows. `nursery` is for the thread that makes threads: all that
 /// any thread may do, and what making one takes.
-pub const FILTERS: [(&str, &[&[Call]]); 5] = [
+pub const FILTERS: [(&str, &[&[Call]]); 6] = [
     (
         "nursery",
-        &[EVERY, VCPU, EVENTS, DEVICE, FILE_SYSTEM, CONTROL, NURSERY],
+        &[
+            EVERY,
+            VCPU,
+            EVENTS,
+            DEVICE,
+            MEMORY,
+            FILE_SYSTEM,
+            CONTROL,
+            NURSERY,
+        ],
     ),
     ("vcpu", &[EVERY, VCPU]),
     ("device", &[EVERY, EVENTS, DEVICE]),
+    ("memory", &[EVERY, EVENTS, MEMORY]),
     ("file-system", &[EVERY, EVENTS, FILE_SYSTEM]),
     ("control", &[EVERY, EVENTS, CONTROL]),
 ];

@@ -29,7 +29,8 @@ pub use self::spec::{MachineSpec, NetSpec, SnapshotFiles};
 use crate::channel::{self, AsyncChannel, Channel, ChannelError};
 use crate::config::TapDescriptors;
 use crate::control::{
-    ConnectRefused, DiskRefused, Event, ExitReason, PlugRefused, Request, SnapshotRefused,
+    AddedMemory, ConnectRefused, DiskRefused, Event, ExitReason, MemoryRefused, PlugRefused,
+    Request, SnapshotRefused,
 };
 use crate::warnings::WARNING_CHARS;
 
@@ -114,6 +115,15 @@ pub enum DiskError {
     Asking(#[from] AskError),
 }
 
+/// Why memory is not added, or it is not known how much is.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    #[error("changing the machine's memory")]
+    Refused(#[source] MemoryRefused),
+    #[error(transparent)]
+    Asking(#[from] AskError),
+}
+
 /// Why a machine is not put aside.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
@@ -159,6 +169,7 @@ pub struct Machine {
     connects: Arc<Answers<ConnectRefused>>,
     plugs: Arc<Answers<PlugRefused>>,
     disks: Arc<Answers<DiskRefused>>,
+    memory: Arc<Answers<MemoryRefused, AddedMemory>>,
     pauses: Arc<Answers<Infallible>>,
     snapshots: Arc<Answers<SnapshotRefused>>,
     ended: watch::Receiver<Option<ExitReason>>,
@@ -184,6 +195,7 @@ impl Machine {
         let connects = Arc::new(Answers::default());
         let plugs = Arc::new(Answers::default());
         let disks = Arc::new(Answers::default());
+        let memory = Arc::new(Answers::default());
         let pauses = Arc::new(Answers::default());
         let snapshots = Arc::new(Answers::default());
         let (running, runs) = oneshot::channel();
@@ -195,6 +207,7 @@ impl Machine {
             connects: Arc::clone(&connects),
             plugs: Arc::clone(&plugs),
             disks: Arc::clone(&disks),
+            memory: Arc::clone(&memory),
             pauses: Arc::clone(&pauses),
             snapshots: Arc::clone(&snapshots),
             running: Some(running),
@@ -210,6 +223,7 @@ impl Machine {
             connects,
             plugs,
             disks,
+            memory,
             pauses,
             snapshots,
             ended,
@@ -302,6 +316,34 @@ impl Machine {
         ejected.map_err(|source| DiskError::Refused { index, source })
     }
 
+    /// Has `requested_mib` MiB be added to the memory that the machine has without: more or less than now. Returns when
+    /// the guest's driver is told, if there is one; what it makes of that shows in [`Self::added_memory`]. It never gets
+    /// more than that, but may take its time, and may be unable to give back what is too much.
+    ///
+    /// # Errors
+    /// When the machine has no device for it ([`MachineSpec::memory_device`]), it is more than the device has addresses for
+    /// or not a multiple of 2, or the machine has ended.
+    pub async fn resize_memory(&self, requested_mib: u64) -> Result<(), MemoryError> {
+        let pending = self.memory.begin();
+        let request = Request::ResizeMemory {
+            id: pending.id,
+            requested_mib,
+        };
+        let resized = self.ask(pending, &request, &[]).await?;
+        resized.map(drop).map_err(MemoryError::Refused)
+    }
+
+    /// How much memory has been added, as `hull-vmm` says.
+    ///
+    /// # Errors
+    /// When the machine has no device for it, or has ended.
+    pub async fn added_memory(&self) -> Result<AddedMemory, MemoryError> {
+        let pending = self.memory.begin();
+        let request = Request::AskMemory { id: pending.id };
+        let added = self.ask(pending, &request, &[]).await?;
+        added.map_err(MemoryError::Refused)
+    }
+
     /// Stops the guest's processors, and returns when they stand. Devices go on with what they were asked to do,
     /// connections stay, and the guest's clock goes on: to it, it was a moment. Done again, it does nothing.
     ///
@@ -340,12 +382,12 @@ impl Machine {
 
     /// Sends a request, and waits for its answer or the machine's end. The caller's copies of the descriptors are
     /// closed by the caller.
-    async fn ask<E>(
+    async fn ask<E, T>(
         &self,
-        pending: Pending<E>,
+        pending: Pending<E, T>,
         request: &Request,
         descriptors: &[BorrowedFd<'_>],
-    ) -> Result<Result<(), E>, AskError> {
+    ) -> Result<Result<T, E>, AskError> {
         if let Err(error) = self.control.send(request, descriptors).await {
             return Err(match &*self.ended.borrow() {
                 Some(reason) => AskError::Ended(reason.clone()),
@@ -463,6 +505,7 @@ struct Follower {
     connects: Arc<Answers<ConnectRefused>>,
     plugs: Arc<Answers<PlugRefused>>,
     disks: Arc<Answers<DiskRefused>>,
+    memory: Arc<Answers<MemoryRefused, AddedMemory>>,
     pauses: Arc<Answers<Infallible>>,
     snapshots: Arc<Answers<SnapshotRefused>>,
     running: Option<oneshot::Sender<()>>,
@@ -510,6 +553,7 @@ impl Follower {
             Event::Connected { id, result } => self.connects.finish(id, result),
             Event::Plugged { id, result } => self.plugs.finish(id, result),
             Event::DiskChanged { id, result } => self.disks.finish(id, result),
+            Event::AddedMemory { id, result } => self.memory.finish(id, result),
             Event::Paused { id } | Event::Resumed { id } => self.pauses.finish(id, Ok(())),
             Event::SnapshotTaken { id, result } => {
                 let shown = |SnapshotRefused(why)| SnapshotRefused(printable(&why, REASON_CHARS));

@@ -25,6 +25,9 @@ pub struct MachineConfig {
     pub blocks: Vec<BlockConfig>,
     pub vsock: Option<VsockConfig>,
     pub nets: Vec<NetConfig>,
+    /// Addresses for memory that comes while the machine runs, in MiB: a multiple of 128, up to 1 TiB
+    /// ([`crate::devices::mem`]). 0: there is no such device. A snapshot's must be what it was.
+    pub memory_device_mib: u64,
     /// Whether pages that the guest has freed go back to the host ([`crate::devices::balloon`]).
     pub balloon: bool,
 }

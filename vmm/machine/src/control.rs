@@ -25,6 +25,11 @@ pub enum Request {
     /// Take the disk out of a slot; an empty one stays so. Answered by [`Event::DiskChanged`], when nothing is written
     /// to it any more.
     EjectDisk { id: u64, index: u8 },
+    /// Have the guest's driver plug or unplug memory until there is this much of it, in MiB. Answered by
+    /// [`Event::AddedMemory`], before the driver has done anything.
+    ResizeMemory { id: u64, requested_mib: u64 },
+    /// Say how much memory has been added. Answered by [`Event::AddedMemory`].
+    AskMemory { id: u64 },
     /// Keep the processors out of the guest. Answered by [`Event::Paused`] when they are.
     Pause { id: u64 },
     /// Let them go on. Answered by [`Event::Resumed`].
@@ -44,7 +49,12 @@ impl Message for Request {
             Self::Connect { .. } | Self::InsertDisk { .. } => 1,
             Self::Snapshot { .. } => 2,
             Self::PlugNet { tap, .. } => tap.descriptors(),
-            Self::EjectDisk { .. } | Self::Pause { .. } | Self::Resume { .. } | Self::Stop => 0,
+            Self::EjectDisk { .. }
+            | Self::ResizeMemory { .. }
+            | Self::AskMemory { .. }
+            | Self::Pause { .. }
+            | Self::Resume { .. }
+            | Self::Stop => 0,
         }
     }
 }
@@ -72,6 +82,11 @@ pub enum Event {
         id: u64,
         result: Result<(), DiskRefused>,
     },
+    /// How [`Request::ResizeMemory`] went, or what [`Request::AskMemory`] has found.
+    AddedMemory {
+        id: u64,
+        result: Result<AddedMemory, MemoryRefused>,
+    },
     /// No processor is in the guest.
     Paused { id: u64 },
     /// The processors go on.
@@ -97,6 +112,7 @@ impl Message for Event {
             | Self::Connected { .. }
             | Self::Plugged { .. }
             | Self::DiskChanged { .. }
+            | Self::AddedMemory { .. }
             | Self::Paused { .. }
             | Self::Resumed { .. }
             | Self::SnapshotTaken { .. }
@@ -143,6 +159,26 @@ pub enum DiskRefused {
     Occupied,
     #[error("it is no regular file or block device: {}", std::io::Error::from_raw_os_error(*.errno))]
     Disk { errno: i32 },
+}
+
+/// Memory that a machine has beyond what it booted with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddedMemory {
+    /// What was asked for last, in MiB.
+    pub requested_mib: u64,
+    /// What the guest's driver has plugged, in MiB. It follows what is asked for, but may stay above for ever.
+    pub plugged_mib: u64,
+}
+
+/// Why no memory is added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum MemoryRefused {
+    #[error("the machine has no memory device")]
+    NoDevice,
+    #[error("its memory device can add at most {region_mib} MiB")]
+    TooMuch { region_mib: u64 },
+    #[error("memory is added in blocks of 2 MiB")]
+    Blocks,
 }
 
 /// Why a machine was not put aside.

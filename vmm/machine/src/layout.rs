@@ -7,7 +7,8 @@
 //! 0xFEE0_0000                local APIC (KVM's)
 //! 0xFFFB_C000                KVM's TSS and identity map (Intel)
 //! 0x1_0000_0000              RAM (high)
-//! after RAM                  64-bit PCI BAR window
+//! after RAM                  what a memory device adds, if there is one
+//! after these                64-bit PCI BAR window
 //! ```
 
 /// End of low RAM and start of the gap for devices.
@@ -20,10 +21,23 @@ pub const PCI_MMIO32_START: u64 = 0xC000_0000;
 /// Its size in bytes.
 pub const PCI_MMIO32_SIZE: u64 = 0x2000_0000;
 
+/// The largest unit in which Linux adds memory on x86-64, in bytes.
+const MANAGED_ALIGN: u64 = 2 << 30;
+
+/// Start of what a memory device adds, for a machine whose RAM ends at `ram_end`.
+pub const fn managed_start(ram_end: u64) -> u64 {
+    let past = if ram_end > HIGH_RAM_START {
+        ram_end
+    } else {
+        HIGH_RAM_START
+    };
+    past.next_multiple_of(MANAGED_ALIGN)
+}
+
 /// Size of the 64-bit PCI memory window, in bytes; where it starts depends on the RAM.
 pub const PCI_MMIO64_SIZE: u64 = 0x4_0000_0000;
 
-/// Start of the 64-bit PCI memory window, for a machine whose RAM ends at `ram_end`.
+/// Start of the 64-bit PCI memory window, for a machine whose RAM, and what can be added to it, ends at `ram_end`.
 ///
 /// Aligned to its size: what lies in it can be, too.
 pub const fn pci_mmio64_start(ram_end: u64) -> u64 {

@@ -1,9 +1,12 @@
 //! The guest's RAM: private memory on both sides of the gap for devices, anonymous, or what a file has until the guest
-//! writes to it.
+//! writes to it; and past it addresses for what a memory device adds while the machine runs.
 //!
 //! It is never unmapped: the process is the machine, and ends with it.
 
+mod piece;
+
 use std::ptr::null_mut;
+use std::sync::Arc;
 
 use rustix::fd::BorrowedFd;
 use rustix::fs::{FileType, fstat};
@@ -11,15 +14,19 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap, mmap_anonymous, mprotect};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
+    Address, GuestAddress, GuestMemory, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
 };
 
-use crate::layout::{HIGH_RAM_START, LOW_RAM_END};
+use crate::layout::{HIGH_RAM_START, LOW_RAM_END, managed_start};
+
+pub use self::piece::{CHUNK, Chunks, GuestRam, Piece};
 
 /// The least that a kernel with an initramfs starts in.
 pub const MIN_MIB: u64 = 64;
 /// 1 TiB.
 pub const MAX_MIB: u64 = 1 << 20;
+
+const CHUNK_MIB: u64 = CHUNK >> 20;
 
 /// KVM maps the guest's memory by huge pages only where guest and host addresses are aligned alike.
 const HUGE_PAGE: usize = 2 << 20;
@@ -29,6 +36,10 @@ const HUGE_PAGE: usize = 2 << 20;
 pub enum MemoryError {
     #[error("guest memory of {0} MiB is not within {MIN_MIB} to {MAX_MIB} MiB")]
     Size(u64),
+    #[error(
+        "a memory device has {CHUNK_MIB} MiB to {MAX_MIB} MiB of addresses, a multiple of {CHUNK_MIB} MiB, not {0} MiB"
+    )]
+    Managed(u64),
     #[error("mapping {bytes} bytes of guest memory")]
     Map { bytes: usize, source: Errno },
     #[error("the file of a machine's memory is not a regular file")]
@@ -71,7 +82,7 @@ pub fn ranges(memory_mib: u64) -> Result<Vec<(GuestAddress, usize)>, MemoryError
 ///
 /// # Errors
 /// When the size is out of bounds, or the host has no address space for it.
-pub fn allocate(memory_mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
+pub fn allocate(memory_mib: u64) -> Result<GuestRam, MemoryError> {
     pieces(memory_mib, |_, size| map(size))
 }
 
@@ -79,7 +90,7 @@ pub fn allocate(memory_mib: u64) -> Result<GuestMemoryMmap, MemoryError> {
 ///
 /// # Errors
 /// When the size is out of bounds, the file has another one, or the host has no address space for it.
-pub fn from_file(memory_mib: u64, file: BorrowedFd<'_>) -> Result<GuestMemoryMmap, MemoryError> {
+pub fn from_file(memory_mib: u64, file: BorrowedFd<'_>) -> Result<GuestRam, MemoryError> {
     let sizes = ranges(memory_mib)?.into_iter().map(|(_, size)| size as u64);
     let expected = sizes.sum();
     let found = fstat(file).map_err(MemoryError::File)?;
@@ -98,17 +109,73 @@ pub fn from_file(memory_mib: u64, file: BorrowedFd<'_>) -> Result<GuestMemoryMma
 fn pieces(
     memory_mib: u64,
     map: impl Fn(u64, usize) -> Result<MmapRegion, MemoryError>,
-) -> Result<GuestMemoryMmap, MemoryError> {
+) -> Result<GuestRam, MemoryError> {
     let mut before = 0;
     let regions = ranges(memory_mib)?
         .into_iter()
         .map(|(start, size)| {
             let region = map(before, size)?;
             before += size as u64;
-            GuestRegionMmap::new(region, start).ok_or(MemoryError::Size(memory_mib))
+            let mapping = GuestRegionMmap::new(region, start);
+            Ok(Piece::whole(mapping.ok_or(MemoryError::Size(memory_mib))?))
         })
         .collect::<Result<Vec<_>, _>>()?;
-    GuestMemoryMmap::from_regions(regions).map_err(MemoryError::Pieces)
+    GuestRam::from_regions(regions).map_err(MemoryError::Pieces)
+}
+
+/// Addresses of the guest's for what a memory device adds, nothing of which is there yet.
+#[derive(Debug)]
+pub struct ManagedRegion {
+    /// Aligned as the largest units are in which Linux takes memory.
+    pub start: GuestAddress,
+    /// In bytes, a multiple of [`CHUNK`].
+    pub size: u64,
+    /// Where they are in this process, aligned to huge pages. What is not there yet can't be accessed.
+    pub host: usize,
+    /// What is there. A chunk that comes must be readable and writable by then, and stay so.
+    pub chunks: Arc<Chunks>,
+}
+
+/// Adds addresses for a memory device past all RAM. They cost the host nothing.
+///
+/// # Errors
+/// When the size is out of bounds, or the host has no address space for it.
+pub fn with_managed(ram: &GuestRam, mib: u64) -> Result<(GuestRam, ManagedRegion), MemoryError> {
+    let refused = || MemoryError::Managed(mib);
+    if !(CHUNK_MIB..=MAX_MIB).contains(&mib) || !mib.is_multiple_of(CHUNK_MIB) {
+        return Err(refused());
+    }
+    let size = mib << 20;
+    let length = usize::try_from(size).map_err(|_| refused())?;
+    let ram_end = ram.last_addr().raw_value().saturating_add(1);
+    let start = GuestAddress(managed_start(ram_end));
+    let host = reserve(length)?;
+    let chunks = usize::try_from(size / CHUNK).map_err(|_| refused())?;
+    let managed = ManagedRegion {
+        start,
+        size,
+        host: host.expose_provenance(),
+        chunks: Arc::new(Chunks::new(chunks)),
+    };
+    let mapping = GuestRegionMmap::new(region(host, length)?, start).ok_or_else(refused)?;
+    let piece = Piece::managed(mapping, Arc::clone(&managed.chunks));
+    let memory = ram.insert_region(Arc::new(piece));
+    Ok((memory.map_err(MemoryError::Pieces)?, managed))
+}
+
+/// The pieces that are there from the start.
+pub fn whole_pieces(memory: &GuestRam) -> impl Iterator<Item = &Piece> {
+    memory.iter().filter(|piece| piece.is_whole())
+}
+
+/// Memory of tests, with pieces of any size.
+#[cfg(test)]
+pub fn from_ranges(ranges: &[(GuestAddress, usize)]) -> Result<GuestRam, MemoryError> {
+    let pieces = ranges.iter().map(|(start, size)| {
+        let mapping = GuestRegionMmap::from_range(*start, *size, None).unwrap();
+        Piece::whole(mapping)
+    });
+    GuestRam::from_regions(pieces.collect()).map_err(MemoryError::Pieces)
 }
 
 const FLAGS: MapFlags = MapFlags::PRIVATE.union(MapFlags::NORESERVE);
@@ -155,7 +222,8 @@ fn region(start: *mut u8, size: usize) -> Result<MmapRegion, MemoryError> {
         libc::PROT_READ | libc::PROT_WRITE,
         FLAGS.bits().cast_signed(),
     );
-    // SAFETY: the pages are readable and writable, and stay mapped as long as the process lives.
+    // SAFETY: the pages stay mapped as long as the process lives. They are readable and writable, but for a managed
+    // region's, of which `Piece` gives out only what is.
     unsafe { MmapRegion::build_raw(start, size, protection, flags) }.map_err(MemoryError::Region)
 }
 
@@ -213,8 +281,8 @@ mod tests {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
 
         for region in memory.iter() {
-            let start = region.as_ptr().addr();
-            let end = start + region.size();
+            let start = region.mapping().as_ptr().addr();
+            let end = start + region.mapping().size();
             assert_eq!(start % HUGE_PAGE, 0);
             for (range, access) in [
                 (format!("-{start:x} "), "---p"),
@@ -224,6 +292,30 @@ mod tests {
                 let line = maps.lines().find(|line| line.contains(&range)).unwrap();
                 assert!(line.contains(access), "{line}");
             }
+        }
+    }
+
+    #[test]
+    fn what_may_be_added_lies_past_all_ram_and_is_not_there() {
+        for (ram_mib, start) in [(64, 4_u64), (3072, 4), (4096, 6)] {
+            let ram = allocate(ram_mib).unwrap();
+            let (memory, managed) = with_managed(&ram, MAX_MIB).unwrap();
+
+            assert_eq!(managed.start, GuestAddress(start << 30));
+            assert_eq!(managed.host % HUGE_PAGE, 0);
+            assert_eq!(whole_pieces(&memory).count(), ram.num_regions());
+            assert!(memory.get_slice(managed.start, 1).is_err());
+            let end = managed.start.0 + (MAX_MIB << 20);
+            assert_eq!(memory.last_addr(), GuestAddress(end - 1));
+        }
+    }
+
+    #[test]
+    fn addresses_for_what_may_be_added_are_whole_chunks() {
+        let ram = allocate(64).unwrap();
+        for mib in [0, 1, 127, 129, MAX_MIB + 128, !127, u64::MAX] {
+            let refused = with_managed(&ram, mib);
+            assert!(matches!(refused, Err(MemoryError::Managed(size)) if size == mib));
         }
     }
 

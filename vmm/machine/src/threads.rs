@@ -25,6 +25,8 @@ pub enum ThreadClass {
     Vcpu,
     /// Serves one device's queues: epoll, eventfds, reads and writes on descriptors it has.
     Device,
+    /// Serves the memory device: what a device's thread does, without I/O, and memory for the guest.
+    Memory,
     /// Serves file system requests: the only class with file system calls and capabilities.
     FileSystem,
     /// The main thread, once the machine runs: the control channel.
@@ -35,7 +37,7 @@ impl ThreadClass {
     fn capabilities(self) -> CapabilitySet {
         match self {
             Self::FileSystem => FILE_SERVER_CAPABILITIES,
-            Self::Vcpu | Self::Device | Self::Control => CapabilitySet::empty(),
+            Self::Vcpu | Self::Device | Self::Memory | Self::Control => CapabilitySet::empty(),
         }
     }
 }
@@ -89,6 +91,7 @@ pub fn confine() -> Result<Unconfined, ConfineError> {
         own: seccomp::program(Scope::Nursery),
         vcpu: seccomp::program(Scope::Class(ThreadClass::Vcpu)),
         device: seccomp::program(Scope::Class(ThreadClass::Device)),
+        memory: seccomp::program(Scope::Class(ThreadClass::Memory)),
         file_system: seccomp::program(Scope::Class(ThreadClass::FileSystem)),
         control: seccomp::program(Scope::Class(ThreadClass::Control)),
     };
@@ -161,6 +164,7 @@ struct Nursery {
     own: BpfProgram,
     vcpu: BpfProgram,
     device: BpfProgram,
+    memory: BpfProgram,
     file_system: BpfProgram,
     control: BpfProgram,
 }
@@ -184,6 +188,7 @@ impl Nursery {
         let filter = match class {
             ThreadClass::Vcpu => &self.vcpu,
             ThreadClass::Device => &self.device,
+            ThreadClass::Memory => &self.memory,
             ThreadClass::FileSystem => &self.file_system,
             ThreadClass::Control => &self.control,
         }

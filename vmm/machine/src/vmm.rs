@@ -19,18 +19,21 @@ use std::sync::{Arc, mpsc};
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::VmFd;
 use rustix::process::{Resource, getrlimit};
-use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryMmap};
+use vm_memory::{Address, GuestAddress, GuestMemory};
 
 use crate::boot::{acpi, kernel, pvh, reset};
 use crate::config::{
     BlockConfig, BootConfig, FdIndex, MachineConfig, NetConfig, ShareConfig, Start, TapConfig,
     TapDescriptors,
 };
-use crate::control::{ConnectRefused, DiskRefused, ExitReason, PlugRefused};
+use crate::control::{
+    AddedMemory, ConnectRefused, DiskRefused, ExitReason, MemoryRefused, PlugRefused,
+};
 use crate::devices::balloon::Balloon;
 use crate::devices::block::{Block, BlockHandle};
 use crate::devices::console::Console;
 use crate::devices::fs::{FileSystem, FsConfig, FsError};
+use crate::devices::mem::{Mem, MemHandle};
 use crate::devices::net::{Net, NetError, NetHandle};
 use crate::devices::rng::Rng;
 pub use crate::devices::vsock::{Connected, GuestConnections};
@@ -40,10 +43,12 @@ use crate::kvm::cpuid::address_bits;
 use crate::kvm::ending::Ending;
 use crate::kvm::gate::Gate;
 use crate::kvm::interrupts::KvmPlatform;
+use crate::kvm::slots::KvmSlots;
 use crate::kvm::state::{ClockState, KvmState, VcpuState};
 use crate::kvm::vcpu::{Created, Mmio, Running, States, Vcpu};
 use crate::kvm::vm::{KvmError, Vm};
 use crate::layout::{PCI_MMIO64_SIZE, pci_mmio64_start};
+use crate::memory::GuestRam;
 use crate::memory::{self, MemoryError};
 use crate::pci::{PciError, PciRoot, RestoreBusError};
 use crate::snapshot::format::ReadError;
@@ -93,6 +98,10 @@ pub enum BuildError {
     Acpi(#[from] acpi::AcpiError),
     #[error("reading the snapshot")]
     Snapshot(#[from] ReadError),
+    #[error(
+        "the snapshot is of a machine whose memory device has {expected} MiB of addresses, not {found} MiB"
+    )]
+    MemoryDevice { expected: u64, found: u64 },
     #[error("the snapshot is of another machine")]
     Bus(#[from] RestoreBusError),
 }
@@ -137,6 +146,7 @@ pub struct Machine {
     vsock: Option<VsockHandle>,
     blocks: Vec<BlockHandle>,
     nets: Vec<NetHandle>,
+    mem: Option<MemHandle>,
     ready: Vec<Vcpu>,
     running: Vec<Running>,
     aside: Aside,
@@ -146,8 +156,9 @@ pub struct Machine {
 #[derive(Debug)]
 struct Aside {
     vm: Arc<VmFd>,
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     memory_mib: u64,
+    memory_device_mib: u64,
     tsc_khz: u32,
     cpuid: Vec<kvm_cpuid_entry2>,
     /// Processors that the guest has and that don't run.
@@ -178,7 +189,14 @@ impl Machine {
         if !(1..=MAX_VCPUS).contains(&config.vcpus) {
             return Err(BuildError::Processors(config.vcpus));
         }
-        let (memory, mut state) = load_memory(config, &mut descriptors)?;
+        let (ram, mut state) = load_memory(config, &mut descriptors)?;
+        let (memory, managed) = match config.memory_device_mib {
+            0 => (ram, None),
+            mib => {
+                let (memory, managed) = memory::with_managed(&ram, mib)?;
+                (memory, Some(managed))
+            }
+        };
         let processors = match &state {
             Some(state) => processors(state)?,
             None => config.vcpus,
@@ -186,6 +204,10 @@ impl Machine {
         let vm = Vm::new(descriptors.take(config.kvm)?, &memory, processors)?;
         let mmio64_start = place_mmio64(&vm, &memory)?;
 
+        let mem = managed.map(|managed| {
+            let slots = KvmSlots::new(Arc::clone(vm.fd()), vm.slots());
+            Mem::new(managed, Box::new(slots))
+        });
         let platform = Arc::new(KvmPlatform::new(Arc::clone(vm.fd())));
         let pci = PciRoot::new(memory.clone(), platform);
         let (pci, handles) = add_devices(
@@ -195,6 +217,7 @@ impl Machine {
             &mut descriptors,
             &shares,
             guest_connections,
+            mem,
         )?;
 
         let created = match (&config.start, &state) {
@@ -224,12 +247,14 @@ impl Machine {
             vsock: handles.vsock,
             blocks: handles.blocks,
             nets: handles.nets,
+            mem: handles.mem,
             ready: vcpus,
             running: Vec::new(),
             aside: Aside {
                 vm: Arc::clone(vm.fd()),
                 memory,
                 memory_mib,
+                memory_device_mib: config.memory_device_mib,
                 tsc_khz,
                 cpuid,
                 off,
@@ -319,6 +344,25 @@ impl Machine {
             .ok_or(DiskRefused::NoSlot)
     }
 
+    /// Has the guest's driver add or give back memory, in MiB; what there is now.
+    ///
+    /// # Errors
+    /// When there is no device for it, or it has no addresses for as much.
+    pub fn resize_memory(&self, requested_mib: u64) -> Result<AddedMemory, MemoryRefused> {
+        let mem = self.mem.as_ref().ok_or(MemoryRefused::NoDevice)?;
+        mem.resize(requested_mib)?;
+        Ok(mem.added())
+    }
+
+    /// How much memory the guest has added.
+    ///
+    /// # Errors
+    /// When there is no device for it.
+    pub fn added_memory(&self) -> Result<AddedMemory, MemoryRefused> {
+        let mem = self.mem.as_ref().ok_or(MemoryRefused::NoDevice)?;
+        Ok(mem.added())
+    }
+
     /// Keeps the processors out of the guest, and returns when they are.
     pub fn pause(&self) {
         self.gate.close();
@@ -346,10 +390,16 @@ impl Machine {
         }
         self.aside.suspended = true;
         let bus = self.pci.suspend()?;
+        // Now that the driver's last request is answered.
+        let plugged_mib = self.mem.as_ref().map_or(0, |mem| mem.added().plugged_mib);
+        if plugged_mib > 0 {
+            return Err(SnapshotError::AddedMemory(plugged_mib));
+        }
         let kvm = self.kvm_state()?;
         snapshot::memory::write(memory, &self.aside.memory).map_err(SnapshotError::Memory)?;
         let machine = MachineState {
             memory_mib: self.aside.memory_mib,
+            memory_device_mib: self.aside.memory_device_mib,
             kvm,
             bus,
         };
@@ -422,7 +472,7 @@ fn device_error(device: &'static str) -> impl FnOnce(io::Error) -> BuildError {
 }
 
 /// The 64-bit window follows RAM; the host's processors must be able to address its end.
-fn place_mmio64(vm: &Vm, memory: &GuestMemoryMmap) -> Result<u64, KvmError> {
+fn place_mmio64(vm: &Vm, memory: &GuestRam) -> Result<u64, KvmError> {
     let start = pci_mmio64_start(memory.last_addr().unchecked_add(1).raw_value());
     let end = start + PCI_MMIO64_SIZE;
     let bits = address_bits(vm.supported_cpuid());
@@ -436,12 +486,18 @@ fn place_mmio64(vm: &Vm, memory: &GuestMemoryMmap) -> Result<u64, KvmError> {
 fn load_memory(
     config: &MachineConfig,
     descriptors: &mut Descriptors,
-) -> Result<(GuestMemoryMmap, Option<MachineState>), BuildError> {
+) -> Result<(GuestRam, Option<MachineState>), BuildError> {
     match config.start {
         Start::Boot(_) => Ok((memory::allocate(config.memory_mib)?, None)),
         Start::Snapshot { state, memory } => {
             let state = snapshot::format::read(descriptors.take(state)?.as_fd())?;
             let file = descriptors.take(memory)?;
+            if state.memory_device_mib != config.memory_device_mib {
+                return Err(BuildError::MemoryDevice {
+                    expected: state.memory_device_mib,
+                    found: config.memory_device_mib,
+                });
+            }
             let memory = memory::from_file(state.memory_mib, file.as_fd())?;
             Ok((memory, Some(state)))
         }
@@ -462,6 +518,7 @@ struct Handles {
     blocks: Vec<BlockHandle>,
     vsock: Option<VsockHandle>,
     nets: Vec<NetHandle>,
+    mem: Option<MemHandle>,
 }
 
 /// Puts the devices of a configuration on the bus, always in the same order.
@@ -472,6 +529,7 @@ fn add_devices(
     descriptors: &mut Descriptors,
     shares: &Shares,
     guest_connections: GuestConnections,
+    mem: Option<Mem>,
 ) -> Result<(PciRoot, Handles), BuildError> {
     pci.add_virtio(Box::new(console(config, descriptors)?))?;
     pci.add_virtio(Box::new(Rng::new()))?;
@@ -479,6 +537,7 @@ fn add_devices(
         blocks: Vec::new(),
         vsock: None,
         nets: Vec::new(),
+        mem: None,
     };
     for block in blocks(config, descriptors)? {
         handles.blocks.push(block.handle());
@@ -505,6 +564,10 @@ fn add_devices(
     }
     if config.balloon {
         pci.add_virtio(Box::new(Balloon::new()))?;
+    }
+    if let Some(mem) = mem {
+        handles.mem = Some(mem.handle());
+        pci.add_virtio(Box::new(mem))?;
     }
     Ok((pci, handles))
 }
@@ -586,7 +649,7 @@ fn load_guest(
     boot: &BootConfig,
     processors: u8,
     descriptors: &mut Descriptors,
-    memory: &GuestMemoryMmap,
+    memory: &GuestRam,
     mmio64_start: u64,
 ) -> Result<GuestAddress, BuildError> {
     let mut kernel_file = File::from(descriptors.take(boot.kernel)?);

@@ -263,6 +263,14 @@ fn attend(control: &Arc<Channel>, mut machine: Machine) -> Result<Option<ExitRea
                 let result = machine.insert_disk(index, disk, read_only);
                 control.send(&Event::DiskChanged { id, result }, &[])?;
             }
+            Some((Request::ResizeMemory { id, requested_mib }, _)) => {
+                let result = machine.resize_memory(requested_mib);
+                control.send(&Event::AddedMemory { id, result }, &[])?;
+            }
+            Some((Request::AskMemory { id }, _)) => {
+                let result = machine.added_memory();
+                control.send(&Event::AddedMemory { id, result }, &[])?;
+            }
             Some((Request::EjectDisk { id, index }, _)) => {
                 let result = machine.eject_disk(index);
                 control.send(&Event::DiskChanged { id, result }, &[])?;

@@ -15,13 +15,14 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Address, Bytes, GuestAddress};
 
 use crate::layout::{
     ACPI_RESET_PORT, ACPI_RESET_VALUE, ACPI_SLEEP_CONTROL_PORT, ACPI_SLEEP_STATUS_PORT, ACPI_START,
     BIOS_ENTRY, LOCAL_APIC, PCI_ECAM_SIZE, PCI_ECAM_START, PCI_MMIO32_SIZE, PCI_MMIO32_START,
     PCI_MMIO64_SIZE, PVPANIC_PORT,
 };
+use crate::memory::GuestRam;
 
 const OEM: [u8; 6] = *b"HULL  ";
 const OEM_TABLE: [u8; 8] = *b"HULLVM  ";
@@ -63,11 +64,7 @@ pub enum AcpiError {
 ///
 /// # Errors
 /// When they don't fit.
-pub fn write(
-    memory: &GuestMemoryMmap,
-    vcpus: u8,
-    mmio64_start: u64,
-) -> Result<GuestAddress, AcpiError> {
+pub fn write(memory: &GuestRam, vcpus: u8, mmio64_start: u64) -> Result<GuestAddress, AcpiError> {
     let rsdp = GuestAddress(ACPI_START);
     let mut area = Area {
         memory,
@@ -87,7 +84,7 @@ pub fn write(
 
 /// The part of guest memory that is still free for tables.
 struct Area<'a> {
-    memory: &'a GuestMemoryMmap,
+    memory: &'a GuestRam,
     next: GuestAddress,
 }
 
@@ -232,13 +229,13 @@ mod tests {
 
     const MMIO64: u64 = pci_mmio64_start(0);
 
-    fn read(memory: &GuestMemoryMmap, start: u64, length: usize) -> Vec<u8> {
+    fn read(memory: &GuestRam, start: u64, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         memory.read_slice(&mut bytes, GuestAddress(start)).unwrap();
         bytes
     }
 
-    fn table(memory: &GuestMemoryMmap, start: u64) -> Vec<u8> {
+    fn table(memory: &GuestRam, start: u64) -> Vec<u8> {
         let length = u32::from_le_bytes(read(memory, start + 4, 4).try_into().unwrap());
         read(memory, start, length as usize)
     }
@@ -252,7 +249,7 @@ mod tests {
     }
 
     /// The tables that XSDT lists, then DSDT.
-    fn tables(memory: &GuestMemoryMmap) -> Vec<Vec<u8>> {
+    fn tables(memory: &GuestRam) -> Vec<Vec<u8>> {
         let xsdt = table(memory, u64_at(&read(memory, ACPI_START, 36), 24));
         let mut tables: Vec<_> = xsdt[36..]
             .chunks_exact(8)

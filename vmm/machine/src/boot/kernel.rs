@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use linux_loader::loader::KernelLoader;
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use sha2::{Digest, Sha256};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 use crate::layout::HIGH_MEMORY;
+use crate::memory::GuestRam;
 
 /// Largest kernel file that is read.
 const MAX_IMAGE: u64 = 256 << 20;
@@ -72,7 +73,7 @@ pub struct Loaded {
 ///
 /// # Errors
 /// When it isn't one, has no PVH note, or doesn't fit.
-pub fn load(memory: &GuestMemoryMmap, kernel: &mut File) -> Result<Loaded, KernelError> {
+pub fn load(memory: &GuestRam, kernel: &mut File) -> Result<Loaded, KernelError> {
     let result = Elf::load(memory, None, kernel, Some(GuestAddress(HIGH_MEMORY)))
         .map_err(KernelError::Load)?;
     match result.pvh_boot_cap {
@@ -477,7 +478,7 @@ mod tests {
         image
     }
 
-    fn load_image(image: &[u8]) -> (Result<Loaded, KernelError>, GuestMemoryMmap) {
+    fn load_image(image: &[u8]) -> (Result<Loaded, KernelError>, GuestRam) {
         let memory = crate::memory::allocate(64).unwrap();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(image).unwrap();

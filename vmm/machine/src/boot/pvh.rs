@@ -10,14 +10,13 @@ use linux_loader::configurator::{BootConfigurator, BootParams};
 use linux_loader::loader::elf::start_info::{
     hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
-use vm_memory::{
-    Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestUsize,
-};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryRegion, GuestUsize};
 
 use crate::layout::{
     ACPI_END, ACPI_START, CMDLINE, CMDLINE_MAX, CONVENTIONAL_END, HIGH_MEMORY, PCI_ECAM_SIZE,
     PCI_ECAM_START, PVH_MEMMAP, PVH_MODULES, PVH_START_INFO,
 };
+use crate::memory::{GuestRam, whole_pieces};
 
 /// `XEN_HVM_START_MAGIC_VALUE`.
 const MAGIC: u32 = 0x336e_c578;
@@ -63,7 +62,7 @@ pub struct Initramfs {
 /// # Errors
 /// When it doesn't fit past `kernel_end`, or can't be read.
 pub fn load_initramfs(
-    memory: &GuestMemoryMmap,
+    memory: &GuestRam,
     mut file: File,
     kernel_end: GuestAddress,
 ) -> Result<Initramfs, PvhError> {
@@ -87,7 +86,7 @@ pub fn load_initramfs(
 /// # Errors
 /// When the command line is not one, or guest memory is too small.
 pub fn write(
-    memory: &GuestMemoryMmap,
+    memory: &GuestRam,
     cmdline: &str,
     initramfs: Option<Initramfs>,
     rsdp: GuestAddress,
@@ -118,7 +117,7 @@ pub fn write(
     PvhBootConfigurator::write_bootparams(&parameters, memory).map_err(PvhError::Parameters)
 }
 
-fn write_cmdline(memory: &GuestMemoryMmap, cmdline: &str) -> Result<(), PvhError> {
+fn write_cmdline(memory: &GuestRam, cmdline: &str) -> Result<(), PvhError> {
     if cmdline.len() >= CMDLINE_MAX {
         return Err(PvhError::CmdlineLength(cmdline.len()));
     }
@@ -136,7 +135,7 @@ fn write_cmdline(memory: &GuestMemoryMmap, cmdline: &str) -> Result<(), PvhError
 }
 
 /// RAM without the legacy hole; the tables and the configuration space are reserved.
-fn memory_map(memory: &GuestMemoryMmap) -> Vec<hvm_memmap_table_entry> {
+fn memory_map(memory: &GuestRam) -> Vec<hvm_memmap_table_entry> {
     let entry = |addr: u64, end: u64, type_: u32| hvm_memmap_table_entry {
         addr,
         size: end - addr,
@@ -147,7 +146,7 @@ fn memory_map(memory: &GuestMemoryMmap) -> Vec<hvm_memmap_table_entry> {
         entry(0, CONVENTIONAL_END, RAM),
         entry(ACPI_START, ACPI_END, RESERVED),
     ];
-    for region in memory.iter() {
+    for region in whole_pieces(memory) {
         let start = region.start_addr().raw_value();
         let end = start + GuestUsize::from(region.len());
         map.push(entry(start.max(HIGH_MEMORY), end, RAM));
@@ -174,7 +173,7 @@ mod tests {
 
     const RSDP: GuestAddress = GuestAddress(ACPI_START);
 
-    fn start_info(memory: &GuestMemoryMmap) -> hvm_start_info {
+    fn start_info(memory: &GuestRam) -> hvm_start_info {
         let mut info = hvm_start_info::default();
         memory
             .read_slice(info.as_mut_slice(), GuestAddress(PVH_START_INFO))

@@ -3,15 +3,16 @@
 //! With hardware-reduced ACPI, Linux reboots by EFI's service and, where there is none, by a jump to
 //! the BIOS in real mode (`native_machine_emergency_restart`), and never tries ACPI's reset register.
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::layout::{ACPI_RESET_PORT, ACPI_RESET_VALUE, BIOS_ENTRY};
+use crate::memory::GuestRam;
 
 /// Writes the code to [`BIOS_ENTRY`].
 ///
 /// # Errors
 /// When there is no RAM.
-pub fn write(memory: &GuestMemoryMmap) -> Result<(), vm_memory::GuestMemoryError> {
+pub fn write(memory: &GuestRam) -> Result<(), vm_memory::GuestMemoryError> {
     memory.write_slice(&code(), GuestAddress(BIOS_ENTRY))
 }
 

@@ -62,6 +62,7 @@ impl MachineSpec {
                 blocks: Vec::new(),
                 vsock: None,
                 nets: Vec::new(),
+                memory_device_mib: 0,
                 balloon: false,
             },
             descriptors,
@@ -182,6 +183,15 @@ impl MachineSpec {
     #[must_use]
     pub fn balloon(mut self) -> Self {
         self.config.balloon = true;
+        self
+    }
+
+    /// Gives the machine a device by which up to this many MiB can be added to its memory while it runs
+    /// ([`super::Machine::resize_memory`]): a multiple of 128, up to 1 TiB. Until then that costs the host nothing.
+    /// A restored machine needs as many as it had.
+    #[must_use]
+    pub fn memory_device(mut self, region_mib: u64) -> Self {
+        self.config.memory_device_mib = region_mib;
         self
     }
 

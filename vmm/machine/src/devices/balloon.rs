@@ -9,9 +9,10 @@ use std::io;
 use std::ptr::without_provenance_mut;
 
 use rustix::mm::{Advice, madvise};
-use vm_memory::{GuestMemoryMmap, VolatileSlice};
+use vm_memory::VolatileSlice;
 
 use super::worker::{Events, Handler, Readiness, Worker, borrow};
+use crate::memory::GuestRam;
 use crate::virtio::buffers::{Buffers, ChainError};
 use crate::virtio::device::{
     Activation, ActiveQueue, QueuePosition, RING_FEATURES, Suspended, VirtioDevice,
@@ -83,7 +84,7 @@ impl VirtioDevice for Balloon {
 /// Answers all queues, on the device's thread.
 #[derive(Debug)]
 pub(super) struct Reports {
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     queues: Vec<ActiveQueue>,
 }
 

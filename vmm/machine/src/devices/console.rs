@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use vm_memory::GuestMemoryMmap;
+use crate::memory::GuestRam;
 
 use super::worker::{Events, Handler, Readiness, Worker, borrow};
 use crate::virtio::buffers::{Buffers, Span};
@@ -98,7 +98,7 @@ impl VirtioDevice for Console {
 /// Writes what the guest says, on the device's thread.
 #[derive(Debug)]
 pub(super) struct Transmit {
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     transmit: ActiveQueue,
     output: Arc<OwnedFd>,
 }

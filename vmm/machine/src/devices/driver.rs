@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use virtio_queue::desc::{RawDescriptor, split::Descriptor};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::memory::GuestRam;
 use crate::virtio::device::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 
 const NEXT: u16 = 1;
@@ -48,7 +49,7 @@ pub fn buffer_in(address: u64, len: u32) -> Buffer {
 /// A driver with four mebibytes of memory, and one queue at its start.
 #[derive(Debug)]
 pub struct Driver {
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     offered: AtomicU16,
     kick: EventFd,
     interrupts: Arc<Interrupts>,
@@ -70,14 +71,14 @@ impl Driver {
     pub fn new() -> Self {
         let (sender, receiver) = std::sync::mpsc::channel();
         Self {
-            memory: GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x40_0000)]).unwrap(),
+            memory: crate::memory::from_ranges(&[(GuestAddress(0), 0x40_0000)]).unwrap(),
             offered: AtomicU16::new(0),
             kick: EventFd::new(EFD_NONBLOCK).unwrap(),
             interrupts: Arc::new(Interrupts(std::sync::Mutex::new(receiver), sender)),
         }
     }
 
-    pub fn memory(&self) -> &GuestMemoryMmap {
+    pub fn memory(&self) -> &GuestRam {
         &self.memory
     }
 

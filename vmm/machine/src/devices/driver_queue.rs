@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use crate::memory::GuestRam;
 use crate::virtio::device::{ActiveQueue, Interrupt};
 
 /// Longer than any device takes; only one that hangs makes a test wait so long.
@@ -58,7 +59,7 @@ impl Interrupt for Interrupts {
 /// A split queue in guest memory, with its free descriptors.
 #[derive(Debug)]
 pub struct DriverQueue {
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     base: u64,
     size: u16,
     free: Vec<u16>,
@@ -71,7 +72,7 @@ pub struct DriverQueue {
 
 impl DriverQueue {
     /// A queue in the memory from `base` on; it takes less than 32 bytes for each entry and 4 KiB more.
-    pub fn new(memory: &GuestMemoryMmap, base: u64, size: u16) -> Self {
+    pub fn new(memory: &GuestRam, base: u64, size: u16) -> Self {
         Self {
             memory: memory.clone(),
             base,

@@ -3,19 +3,33 @@
 //! Whatever is in guest memory, a device answers or gives up, and does so soon.
 
 use std::fs::File;
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
+use vm_memory::GuestAddress;
 
 use super::balloon::{Balloon, Reports};
 use super::block::Block;
 use super::console::Console;
 use super::driver::{AVAILABLE, DESCRIPTORS, Driver, buffer_in};
+use super::mem::{Mem, Slots};
 use super::rng::Rng;
 use super::worker::{Events, Handler, Readiness};
+use crate::memory::with_managed;
 use crate::virtio::device::VirtioDevice;
 
 const MEMORY_END: u64 = 0x40_0000;
+
+/// A hypervisor without memory.
+#[derive(Debug)]
+struct NoRoom;
+
+impl Slots for NoRoom {
+    fn add(&mut self, _: GuestAddress, _: u64, _: usize) -> io::Result<()> {
+        Err(io::ErrorKind::OutOfMemory.into())
+    }
+}
 
 /// A descriptor: address, length, flags, next.
 type Descriptor = (u64, u32, u16, u16);
@@ -125,6 +139,17 @@ proptest! {
         activation.queues.drain(..2);
 
         run_queue(&driver, Reports::new(activation), 2, &rounds);
+    }
+
+    #[test]
+    fn mem_survives_any_rings(rounds in prop::collection::vec(rings(), 1..8)) {
+        let driver = driver();
+        let (_, region) = with_managed(driver.memory(), 128).unwrap();
+        let mem = Mem::new(region, Box::new(NoRoom));
+        mem.handle().resize(128).unwrap();
+        let activation = driver.activation(&mem);
+
+        run(&driver, mem.requests(activation).unwrap(), &rounds);
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod driver_queue;
 pub mod fs;
 #[cfg(test)]
 mod hostile;
+pub mod mem;
 pub mod net;
 pub mod rng;
 pub mod vsock;

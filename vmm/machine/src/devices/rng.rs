@@ -3,9 +3,9 @@
 use std::io;
 
 use rustix::rand::{GetRandomFlags, getrandom};
-use vm_memory::GuestMemoryMmap;
 
 use super::worker::{Events, Handler, Readiness, Worker, borrow};
+use crate::memory::GuestRam;
 use crate::virtio::buffers::{Buffers, ChainError};
 use crate::virtio::device::{
     Activation, ActiveQueue, QueuePosition, RING_FEATURES, Suspended, VirtioDevice,
@@ -69,7 +69,7 @@ impl VirtioDevice for Rng {
 /// Answers requests, on the device's thread.
 #[derive(Debug)]
 pub(super) struct Requests {
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     requests: ActiveQueue,
 }
 

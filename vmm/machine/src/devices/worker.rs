@@ -111,11 +111,23 @@ impl Worker {
     /// # Errors
     /// When the thread can't be made, or [`Handler::start`] fails.
     pub fn start(name: &'static str, handler: impl Handler) -> io::Result<Self> {
+        Self::start_as(ThreadClass::Device, name, handler)
+    }
+
+    /// The same with a thread of another class.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_as(
+        class: ThreadClass,
+        name: &'static str,
+        handler: impl Handler,
+    ) -> io::Result<Self> {
         // All descriptors are made by the new thread, so that the caller, which may be
         // a virtual processor's thread, needs no system calls for it.
         let (started, outcome) = mpsc::sync_channel(1);
         let (ended, rest) = mpsc::sync_channel(1);
-        let thread = threads::spawn(ThreadClass::Device, name, move || {
+        let thread = threads::spawn(class, name, move || {
             let (mut handler, events) = match prepare(handler) {
                 Ok((handler, events, kill)) => {
                     if started.send(Ok(kill)).is_err() {

@@ -31,6 +31,7 @@ pub fn program(scope: Scope) -> BpfProgram {
         Scope::Nursery => compiled!("nursery"),
         Scope::Class(ThreadClass::Vcpu) => compiled!("vcpu"),
         Scope::Class(ThreadClass::Device) => compiled!("device"),
+        Scope::Class(ThreadClass::Memory) => compiled!("memory"),
         Scope::Class(ThreadClass::FileSystem) => compiled!("file-system"),
         Scope::Class(ThreadClass::Control) => compiled!("control"),
     };

@@ -6,6 +6,7 @@ pub mod gate;
 pub mod interrupts;
 pub mod ports;
 pub mod registers;
+pub mod slots;
 pub mod state;
 pub mod vcpu;
 pub mod vm;

@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::cpuid::{self, Processors};
@@ -20,6 +20,7 @@ use super::state::{KvmState, VcpuState};
 use super::vm::{KvmError, Vm, call};
 use super::{ports, registers};
 use crate::control::ExitReason;
+use crate::memory::GuestRam;
 use crate::threads::{self, ThreadClass};
 
 /// What a processor finds at addresses without RAM.
@@ -38,7 +39,7 @@ pub struct Vcpu {
     /// See [`Vm::model_specific`].
     model_specific: Arc<[u32]>,
     // Dropped last: the guest runs in it.
-    _memory: GuestMemoryMmap,
+    _memory: GuestRam,
 }
 
 impl Vcpu {

@@ -8,10 +8,11 @@ use kvm_bindings::{
     KVM_PMU_CAP_DISABLE, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
-use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemoryRegion};
 use vmm_sys_util::errno;
 
 use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS};
+use crate::memory::{GuestRam, whole_pieces};
 
 /// What the machine can't do without. All are in Linux 5.10 and later on x86-64.
 const REQUIRED: [(Cap, &str); 9] = [
@@ -81,7 +82,8 @@ pub struct Vm {
     /// Those that KVM saves.
     model_specific: Arc<[u32]>,
     deadline_timer: bool,
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
+    slots: u32,
 }
 
 impl Vm {
@@ -89,7 +91,7 @@ impl Vm {
     ///
     /// # Errors
     /// When this KVM isn't good enough, or refuses.
-    pub fn new(kvm: OwnedFd, memory: &GuestMemoryMmap, vcpus: u8) -> Result<Self, KvmError> {
+    pub fn new(kvm: OwnedFd, memory: &GuestRam, vcpus: u8) -> Result<Self, KvmError> {
         // SAFETY: the descriptor is owned and given away; what is not KVM answers no call below.
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
         check(&kvm, vcpus)?;
@@ -114,8 +116,10 @@ impl Vm {
             .map_err(call("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.set_tss_address(usize::try_from(KVM_TSS).unwrap_or(usize::MAX))
             .map_err(call("KVM_SET_TSS_ADDR"))?;
-        for (slot, region) in (0..).zip(memory.iter()) {
-            add_memory(&fd, slot, region)?;
+        let mut slots = 0;
+        for region in whole_pieces(memory) {
+            add_memory(&fd, slots, region)?;
+            slots += 1;
         }
 
         Ok(Self {
@@ -124,6 +128,7 @@ impl Vm {
             cpuid,
             model_specific: model_specific.as_slice().into(),
             memory: memory.clone(),
+            slots,
         })
     }
 
@@ -133,8 +138,13 @@ impl Vm {
     }
 
     /// The guest's RAM. KVM accesses it as long as a processor runs.
-    pub fn memory(&self) -> &GuestMemoryMmap {
+    pub fn memory(&self) -> &GuestRam {
         &self.memory
+    }
+
+    /// How many memory slots the RAM takes, from slot 0 on.
+    pub fn slots(&self) -> u32 {
+        self.slots
     }
 
     /// What this host's processors can do in a guest, before it is made one processor's.

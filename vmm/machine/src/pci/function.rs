@@ -9,7 +9,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::PciError;
@@ -17,6 +16,7 @@ use super::config_space::{COMMAND_MEMORY, ConfigSpace, Identity, header, natural
 use super::msix::{self, Msix, VectorState};
 use super::platform::{MsiLine, Platform};
 use crate::layout::{PCI_MMIO32_SIZE, PCI_MMIO32_START};
+use crate::memory::GuestRam;
 use crate::virtio::device::{Interrupt, VirtioDevice};
 use crate::virtio::transport::{COMMON_SIZE, RestoreError, Transport, TransportState};
 
@@ -113,7 +113,7 @@ impl VirtioFunction {
     /// A function whose BAR will be at `address` once the guest has memory decoding on.
     pub fn new(
         device: Box<dyn VirtioDevice>,
-        memory: GuestMemoryMmap,
+        memory: GuestRam,
         platform: Arc<dyn Platform>,
         address: u32,
     ) -> Result<Self, PciError> {

@@ -13,9 +13,9 @@ mod tests;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
-use vm_memory::GuestMemoryMmap;
 
 use crate::layout::{PCI_ECAM_SIZE, PCI_ECAM_START, PCI_MMIO32_START};
+use crate::memory::GuestRam;
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::transport::RestoreError;
 
@@ -97,7 +97,7 @@ pub struct FunctionInfo {
 /// The bus and all on it. Shared by all processors' threads.
 #[derive(Debug)]
 pub struct PciRoot {
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     platform: Arc<dyn Platform>,
     bridge: Mutex<ConfigSpace>,
     /// Slot 1 and on.
@@ -113,7 +113,7 @@ struct Slot {
 impl PciRoot {
     /// A bus with a host bridge. Devices reach `memory`, and nothing else of the guest's address space.
     #[must_use]
-    pub fn new(memory: GuestMemoryMmap, platform: Arc<dyn Platform>) -> Self {
+    pub fn new(memory: GuestRam, platform: Arc<dyn Platform>) -> Self {
         Self {
             memory,
             platform,

@@ -145,7 +145,7 @@ const PENDING: u64 = BAR + 0x5000;
 
 impl Bench {
     fn new() -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+        let memory = crate::memory::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
         let hypervisor = Arc::new(Hypervisor::default());
         let mut root = PciRoot::new(memory, hypervisor.clone());
         let active = Arc::new(AtomicU64::new(0));

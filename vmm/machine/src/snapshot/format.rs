@@ -21,7 +21,7 @@ use super::MachineState;
 
 const MAGIC: &[u8; 8] = b"HULLSNAP";
 /// To be raised with every change of [`MachineState`] or of what a device puts into its own part.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// `EM_X86_64`.
 const ARCHITECTURE: u32 = 62;
 const HEADER: usize = 28;
@@ -161,6 +161,7 @@ mod tests {
     fn machine() -> MachineState {
         MachineState {
             memory_mib: 64,
+            memory_device_mib: 0,
             kvm: sample(),
             bus: BusState {
                 bridge: vec![0; 256],

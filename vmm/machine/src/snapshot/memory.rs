@@ -4,10 +4,9 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 
-use vm_memory::{
-    GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
-    VolatileSlice, WriteVolatile,
-};
+use vm_memory::{GuestMemoryRegion, MemoryRegionAddress, VolatileSlice, WriteVolatile};
+
+use crate::memory::{GuestRam, Piece, whole_pieces};
 
 const PAGE: usize = 4096;
 /// Pages that are written by one call, at most.
@@ -18,17 +17,17 @@ const RUN: usize = 256;
 ///
 /// # Errors
 /// When it can't be written.
-pub fn write(file: OwnedFd, memory: &GuestMemoryMmap) -> io::Result<()> {
+pub fn write(file: OwnedFd, memory: &GuestRam) -> io::Result<()> {
     let mut file = File::from(file);
     let mut before = 0;
-    for region in memory.iter() {
+    for region in whole_pieces(memory) {
         write_region(&mut file, before, region)?;
         before += region.len();
     }
     Ok(())
 }
 
-fn write_region(file: &mut File, before: u64, region: &GuestRegionMmap) -> io::Result<()> {
+fn write_region(file: &mut File, before: u64, region: &Piece) -> io::Result<()> {
     let pages = usize::try_from(region.len()).map_err(io::Error::other)? / PAGE;
     let mut page = 0;
     while page < pages {
@@ -51,7 +50,7 @@ fn write_region(file: &mut File, before: u64, region: &GuestRegionMmap) -> io::R
     Ok(())
 }
 
-fn slice(region: &GuestRegionMmap, page: usize, count: usize) -> io::Result<VolatileSlice<'_>> {
+fn slice(region: &Piece, page: usize, count: usize) -> io::Result<VolatileSlice<'_>> {
     let start = MemoryRegionAddress((page * PAGE) as u64);
     let slice = region.get_slice(start, count * PAGE);
     slice.map_err(io::Error::other)
@@ -76,7 +75,7 @@ mod tests {
     const MIB: u64 = 64;
     const END: u64 = MIB << 20;
 
-    fn memory_with(places: &[u64]) -> GuestMemoryMmap {
+    fn memory_with(places: &[u64]) -> GuestRam {
         let memory = allocate(MIB).unwrap();
         for place in places {
             memory.write_obj(*place, GuestAddress(*place)).unwrap();
@@ -84,7 +83,7 @@ mod tests {
         memory
     }
 
-    fn written(memory: &GuestMemoryMmap) -> File {
+    fn written(memory: &GuestRam) -> File {
         let file = tempfile::tempfile().unwrap();
         write(file.try_clone().unwrap().into(), memory).unwrap();
         file

@@ -29,6 +29,8 @@ use crate::pci::{BusState, SuspendError};
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MachineState {
     pub memory_mib: u64,
+    /// Addresses of its memory device, of which nothing is plugged.
+    pub memory_device_mib: u64,
     pub kvm: KvmState,
     pub bus: BusState,
 }
@@ -40,6 +42,10 @@ pub enum SnapshotError {
     Ended,
     #[error(transparent)]
     Device(#[from] SuspendError),
+    #[error(
+        "{0} MiB of memory have been added to the machine while it ran, which a snapshot can't have"
+    )]
+    AddedMemory(u64),
     #[error("taking the state of a processor")]
     Processor(#[source] KvmError),
     #[error("taking the time")]

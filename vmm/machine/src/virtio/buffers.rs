@@ -8,7 +8,9 @@ use std::collections::VecDeque;
 use std::ops::Deref;
 
 use virtio_queue::DescriptorChain;
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap, VolatileSlice};
+use vm_memory::{GuestAddress, GuestMemory, VolatileSlice};
+
+use crate::memory::GuestRam;
 
 /// What is wrong with a chain.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -38,7 +40,7 @@ impl<'m> Buffers<'m> {
     /// # Errors
     /// When the chain is malformed; nothing of it should be used then.
     pub fn resolve<M>(
-        memory: &'m GuestMemoryMmap,
+        memory: &'m GuestRam,
         mut chain: DescriptorChain<M>,
         most: usize,
     ) -> Result<Self, ChainError>
@@ -80,7 +82,7 @@ impl<'m> Buffers<'m> {
 }
 
 fn slice(
-    memory: &GuestMemoryMmap,
+    memory: &GuestRam,
     address: GuestAddress,
     len: u32,
 ) -> Result<VolatileSlice<'_>, ChainError> {
@@ -182,8 +184,8 @@ mod tests {
     const INDIRECT: u16 = 4;
 
     /// Two megabytes, a hole of one, another megabyte.
-    fn memory() -> GuestMemoryMmap {
-        GuestMemoryMmap::from_ranges(&[
+    fn memory() -> GuestRam {
+        crate::memory::from_ranges(&[
             (GuestAddress(0), 0x20_0000),
             (GuestAddress(0x30_0000), 0x10_0000),
         ])

@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::GuestRam;
 
 /// `VIRTIO_F_INDIRECT_DESC` and `VIRTIO_F_EVENT_IDX`: what [`VirtioDevice::features`] has if the
 /// device enables and disables notifications on its queues as `ActiveQueue::serve` does.
@@ -84,7 +85,7 @@ pub struct Suspended {
 /// All that a device needs to run.
 #[derive(Debug)]
 pub struct Activation {
-    pub memory: GuestMemoryMmap,
+    pub memory: GuestRam,
     /// The feature bits that the driver accepted, a subset of [`VirtioDevice::features`].
     pub features: u64,
     /// The enabled queues, by rising index; those the driver left out are absent.

@@ -6,7 +6,9 @@
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemory, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemory};
+
+use crate::memory::GuestRam;
 
 /// Alignment and size of the parts of a split queue of `n` entries (Virtio 1.2, section 2.7).
 const DESCRIPTOR_ALIGN: u64 = 16;
@@ -129,7 +131,7 @@ impl EnabledQueue {
     ///
     /// `Queue::is_valid` is not enough here: it looks at where the parts end only, so it
     /// takes one that starts in the gap below 4 GiB, and refuses one that ends with RAM.
-    pub fn check(&self, memory: &GuestMemoryMmap, event_idx: bool) -> Result<Queue, QueueError> {
+    pub fn check(&self, memory: &GuestRam, event_idx: bool) -> Result<Queue, QueueError> {
         let Registers {
             size,
             descriptors,
@@ -177,7 +179,7 @@ impl EnabledQueue {
 }
 
 fn check_part(
-    memory: &GuestMemoryMmap,
+    memory: &GuestRam,
     part: &'static str,
     address: u64,
     align: u64,

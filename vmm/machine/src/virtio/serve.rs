@@ -3,10 +3,10 @@
 use std::io;
 
 use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
 
 use super::buffers::{Buffers, ChainError};
 use super::device::ActiveQueue;
+use crate::memory::GuestRam;
 
 impl ActiveQueue {
     /// Answers what the driver has made available: `answer` gets the buffers of each request
@@ -19,7 +19,7 @@ impl ActiveQueue {
     /// When the queue is broken: nothing more can be made of it until the driver resets the device.
     pub fn serve(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestRam,
         most: usize,
         mut answer: impl FnMut(Result<Buffers<'_>, ChainError>) -> u32,
     ) -> io::Result<()> {
@@ -52,7 +52,7 @@ impl ActiveQueue {
         }
     }
 
-    fn complete(&mut self, memory: &GuestMemoryMmap, head: u16, written: u32) -> io::Result<()> {
+    fn complete(&mut self, memory: &GuestRam, head: u16, written: u32) -> io::Result<()> {
         self.queue
             .add_used(memory, head, written)
             .map_err(io::Error::other)?;

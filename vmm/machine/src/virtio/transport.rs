@@ -10,13 +10,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 use virtio_queue::QueueT;
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use self::state::{QueueState, RestoreError, TransportState};
 use super::device::{Activation, ActiveQueue, Interrupt, Suspended, VirtioDevice};
 use super::queues::{EnabledQueue, OpenQueue, Part, QueueError, Registers};
 use super::status::{self, Step};
+use crate::memory::GuestRam;
 
 /// `VIRTIO_F_VERSION_1`: the device follows Virtio 1.0 or later.
 const VERSION_1: u64 = 1 << 32;
@@ -69,7 +69,7 @@ enum StartError {
 #[derive(Debug)]
 pub struct Transport {
     device: Box<dyn VirtioDevice>,
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     offered: u64,
     kicks: Vec<EventFd>,
     vectors: Arc<[Arc<dyn Interrupt>]>,
@@ -190,7 +190,7 @@ impl Transport {
     /// A reset device. `kicks` has one event for each queue, to be written when it is notified.
     pub fn new(
         device: Box<dyn VirtioDevice>,
-        memory: GuestMemoryMmap,
+        memory: GuestRam,
         kicks: Vec<EventFd>,
         vectors: Vec<Arc<dyn Interrupt>>,
     ) -> Self {

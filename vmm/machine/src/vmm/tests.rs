@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::config::{CachePolicy, ConsoleConfig, NetLimits, VsockConfig};
+use crate::devices::mem::Slots;
 use crate::layout::{HIGH_RAM_START, LOW_RAM_END, PCI_ECAM_START};
 use crate::pci::platform::{MsiLine, MsiMessage, Platform};
 use crate::pci::{BusState, FunctionInfo};
@@ -37,6 +38,12 @@ impl Platform for Nothing {
     }
 }
 
+impl Slots for Nothing {
+    fn add(&mut self, _start: GuestAddress, _size: u64, _host: usize) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 impl MsiLine for Nothing {
     fn connect(&self, _message: MsiMessage) -> io::Result<()> {
         Ok(())
@@ -59,7 +66,8 @@ impl MsiLine for Nothing {
 
 /// The bus of a machine with one of each device.
 fn bus() -> PciRoot {
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+    let ram = crate::memory::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+    let (memory, managed) = memory::with_managed(&ram, 128).unwrap();
     let share = tempfile::tempdir().unwrap();
     let output = File::options().write(true).open("/dev/null").unwrap();
     let disk = tempfile::tempfile().unwrap();
@@ -96,6 +104,7 @@ fn bus() -> PciRoot {
             tap: None,
             limits: NetLimits::default(),
         }],
+        memory_device_mib: 128,
         balloon: true,
     };
     let shares = Shares {
@@ -111,6 +120,7 @@ fn bus() -> PciRoot {
         &mut descriptors,
         &shares,
         Box::new(|_, _| {}),
+        Some(Mem::new(managed, Box::new(Nothing))),
     )
     .unwrap();
     pci
@@ -148,6 +158,8 @@ fn cve_2015_3456_no_other_function_is_on_the_bus() {
             (6, 0x1af4, 0x1041, 0x02_00_00),
             // balloon
             (7, 0x1af4, 0x1045, 0xff_00_00),
+            // memory
+            (8, 0x1af4, 0x1058, 0xff_00_00),
         ]
     );
 }
@@ -170,9 +182,9 @@ fn cve_2015_3456_no_other_page_answers() {
         })
         .collect();
 
-    let bars = (0xC000_8000..0xC004_0000_u64).step_by(0x1000);
-    // Function 0 of the first eight slots.
-    let configuration = (0xE000_0000..0xE004_0000).step_by(0x8000);
+    let bars = (0xC000_8000..0xC004_8000_u64).step_by(0x1000);
+    // Function 0 of the first nine slots.
+    let configuration = (0xE000_0000..0xE004_8000).step_by(0x8000);
     assert_eq!(answers, bars.chain(configuration).collect::<Vec<_>>());
 }
 

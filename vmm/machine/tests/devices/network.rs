@@ -25,6 +25,9 @@ const PAIRS: u8 = 2;
 const RATE: u64 = 50_000;
 const LIMITED: usize = 200_000;
 
+/// MiB of memory that are added.
+const ADDED: u64 = 256;
+
 /// Talks over `eth0`, and waits for `eth1`.
 const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -33,6 +36,8 @@ mkdir -p /proc /sys /dev
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
+# Most of the packets and, once it is bound again, all of the interface is in memory that is added.
+echo online > /sys/devices/system/memory/auto_online_blocks
 for module in $(cat /modules/load); do
     insmod "/modules/$module"
 done
@@ -230,6 +235,7 @@ fn talk(series: &str, server: Server) {
     let first = tap("first", "10.0.0.1/24", server);
     let spec = spec
         .vcpus(PAIRS)
+        .memory_device(ADDED)
         .net(interface(10, 1500, NetLimits::default()), Some(first))
         .net(interface(11, 9000, limits()), None);
     let second = tap("second", "10.1.0.1/24", server);
@@ -247,7 +253,10 @@ fn talk(series: &str, server: Server) {
     let (mut served, mut took) = (Vec::new(), Duration::ZERO);
 
     let (reason, said) = run_beside(spec, console, async |machine| {
+        machine.resize_memory(ADDED).await.unwrap();
         joined(asked).await;
+        let added = machine.added_memory().await.unwrap();
+        assert_eq!(added.plugged_mib, ADDED);
         served.push(kernel_threads(machine));
         let wrong = machine.plug_net(1, TapDescriptors::default()).await;
         machine.plug_net(1, second).await.unwrap();

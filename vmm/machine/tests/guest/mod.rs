@@ -9,6 +9,7 @@ use std::time::Duration;
 use hull_machine::client::{Machine, MachineSpec};
 use hull_machine::control::ExitReason;
 use rustix::pipe::{PipeFlags, pipe_with};
+use tokio::sync::watch;
 
 /// Generous: emulated machines on a busy host are slow.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -92,10 +93,9 @@ pub fn spec(
 
 /// Runs the machine to its end, or stops it when the console has said `stop_at`.
 pub fn run(spec: MachineSpec, console: File, stop_at: Option<&str>) -> (ExitReason, String) {
-    let (seen, stop) = tokio::sync::oneshot::channel();
-    let stop_at = stop_at.map(|text| (text.to_owned(), seen));
-    run_following(spec, console, stop_at, async move |machine| {
-        if stop.await.is_ok() {
+    run_hearing(spec, console, async |machine, mut said| {
+        let Some(text) = stop_at else { return };
+        if hears(&mut said, text).await {
             machine.stop().await;
         }
     })
@@ -108,21 +108,22 @@ pub fn run_beside(
     console: File,
     meanwhile: impl AsyncFnOnce(&Machine),
 ) -> (ExitReason, String) {
-    run_following(spec, console, None, meanwhile)
+    run_hearing(spec, console, async |machine, _| meanwhile(machine).await)
 }
 
-fn run_following(
+/// The same; `meanwhile` hears what the console says.
+pub fn run_hearing(
     spec: MachineSpec,
     console: File,
-    stop_at: Option<(String, Seen)>,
-    meanwhile: impl AsyncFnOnce(&Machine),
+    meanwhile: impl AsyncFnOnce(&Machine, Said),
 ) -> (ExitReason, String) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let binary = Path::new(env!("CARGO_BIN_EXE_hull-vmm"));
         let (machine, _) = Machine::launch(binary, spec).await.unwrap();
-        let output = tokio::task::spawn_blocking(move || follow(console, stop_at));
-        let end = async { tokio::join!(machine.wait(), meanwhile(&machine)).0 };
+        let (saying, said) = watch::channel(String::new());
+        let output = tokio::task::spawn_blocking(move || follow(console, &saying));
+        let end = async { tokio::join!(machine.wait(), meanwhile(&machine, said)).0 };
         let reason = tokio::time::timeout(PATIENCE, end).await.ok();
         machine.kill();
         let output = output.await.unwrap();
@@ -131,20 +132,23 @@ fn run_following(
     })
 }
 
-type Seen = tokio::sync::oneshot::Sender<()>;
+/// All that the console has said so far.
+pub type Said = watch::Receiver<String>;
 
-/// All that the console says; tells `stop_at`'s other end when it has said its text.
-fn follow(mut console: File, mut stop_at: Option<(String, Seen)>) -> String {
-    let mut output = String::new();
+/// Waits until the console has said `text`. False: it never will.
+pub async fn hears(said: &mut Said, text: &str) -> bool {
+    said.wait_for(|said| said.contains(text)).await.is_ok()
+}
+
+/// All that the console says.
+fn follow(mut console: File, saying: &watch::Sender<String>) -> String {
     let mut part = [0; 4096];
     loop {
         let count = console.read(&mut part).unwrap();
         if count == 0 {
-            return output;
+            return saying.borrow().clone();
         }
-        output.push_str(&String::from_utf8_lossy(&part[..count]));
-        if let Some((_, seen)) = stop_at.take_if(|(text, _)| output.contains(text.as_str())) {
-            let _ = seen.send(());
-        }
+        let text = String::from_utf8_lossy(&part[..count]);
+        saying.send_modify(|said| said.push_str(&text));
     }
 }

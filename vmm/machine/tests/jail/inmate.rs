@@ -104,6 +104,8 @@ pub fn run() -> ExitCode {
             | Request::PlugNet { .. }
             | Request::InsertDisk { .. }
             | Request::EjectDisk { .. }
+            | Request::ResizeMemory { .. }
+            | Request::AskMemory { .. }
             | Request::Pause { .. }
             | Request::Snapshot { .. }
             | Request::Resume { .. } => panic!("not for an inmate"),

@@ -17,6 +17,7 @@ pub const TESTS: &[Test] = &[
     ),
     ("a_disk_comes_into_a_clones_slot", disk),
     ("a_clone_needs_no_file_once_it_runs", without_files),
+    ("memory_is_added_to_a_clone", memory),
     ("processors_that_never_ran_need_not_and_can", processors),
 ];
 
@@ -121,6 +122,51 @@ fn disk(template: &Template) {
         while clone.ask("read /sys/block/vda/size").await != "2048" {
             assert!(began.elapsed() < Duration::from_secs(60));
         }
+    });
+}
+
+/// Has a clone's added memory be so much, more than now, and waits until its guest has it.
+async fn grow(clone: &Clone, mib: u64) {
+    let total = async || {
+        let text = clone.ask("read /proc/meminfo").await;
+        let kibibytes = text.lines().next().unwrap().split_whitespace().nth(1);
+        kibibytes.unwrap().parse::<u64>().unwrap() >> 10
+    };
+    let online = "/sys/devices/system/memory/auto_online_blocks";
+    clone.ask(&format!("write {online} online")).await;
+    let before = total().await - clone.machine.added_memory().await.unwrap().plugged_mib;
+    let began = Instant::now();
+    clone.machine.resize_memory(mib).await.unwrap();
+    while total().await < before + mib {
+        assert!(began.elapsed() < Duration::from_secs(60));
+    }
+    println!("{mib} MiB are added: {} ms", began.elapsed().as_millis());
+}
+
+fn memory(template: &Template) {
+    template.runtime.block_on(async {
+        let (one, other) = tokio::join!(template.clone("one"), template.clone("other"));
+        grow(&one, 512).await;
+        grow(&other, 128).await;
+
+        // More than the template has.
+        assert_eq!(one.number("use 320").await, 320 << 8);
+        assert_eq!(one.ask("pattern").await, "7 true");
+        one.ask("mount").await;
+        assert_eq!(one.ask("read /rw/name").await, "one");
+        let added = other.machine.added_memory().await.unwrap();
+        assert_eq!((added.requested_mib, added.plugged_mib), (128, 128));
+
+        // A snapshot can't have it, and the machine goes on.
+        let directory = tempfile::tempdir().unwrap();
+        let refused = one.machine.snapshot(files(directory.path(), true)).await;
+        let refused = std::error::Error::source(&refused.unwrap_err())
+            .unwrap()
+            .to_string();
+        assert!(refused.contains("512 MiB of memory"), "{refused}");
+        one.machine.resume().await.unwrap();
+        assert_eq!(one.number("use 320").await, 320 << 8);
+        grow(&one, 1024).await;
     });
 }
 

@@ -104,6 +104,17 @@ fn command(line: &str) -> String {
             *PATTERN.lock().unwrap() = vec![argument.parse().unwrap(); PATTERN_SIZE];
             String::new()
         }
+        // Writes to every page of so many MiB, and counts those that have what was written.
+        "use" => {
+            let mut memory = vec![0_u64; argument.parse::<usize>().unwrap() << 17];
+            for (number, word) in (1_u64..).zip(memory.iter_mut().step_by(512)) {
+                *word = number;
+            }
+            let good = (1_u64..).zip(memory.iter().step_by(512));
+            good.filter(|(number, word)| number == *word)
+                .count()
+                .to_string()
+        }
         "pattern" => {
             let pattern = PATTERN.lock().unwrap();
             let first = pattern[0];

@@ -24,6 +24,8 @@ use super::{COMMANDS, READY, Test, initramfs};
 /// Generous: emulated machines on a busy host are slow.
 const PATIENCE: Duration = Duration::from_secs(300);
 pub const MEMORY_MIB: u64 = 256;
+/// Addresses for memory that is added.
+pub const REGION_MIB: u64 = 4096;
 /// Of the template; one of them runs.
 const VCPUS: u8 = 2;
 
@@ -179,6 +181,7 @@ impl Spec {
         Self {
             machine: machine
                 .balloon()
+                .memory_device(REGION_MIB)
                 .disk_slot("slot")
                 .share("hull", root, false, CachePolicy::Auto)
                 .vsock(3, vec![READY])

@@ -5,12 +5,16 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::Test;
-use super::host::{Clone, MEMORY_MIB, Spec, Template, files};
+use super::host::{Clone, MEMORY_MIB, REGION_MIB, Spec, Template, files};
 
 pub const TESTS: &[Test] = &[
     ("a_damaged_state_is_refused", damaged),
     ("a_memory_file_that_is_not_whole_is_refused", short),
     ("a_machine_of_other_devices_is_refused", other_devices),
+    (
+        "a_machine_with_another_memory_device_is_refused",
+        other_region,
+    ),
     (
         "a_memory_file_that_is_truncated_ends_the_machine",
         truncated,
@@ -92,9 +96,18 @@ fn other_devices(template: &Template) {
         more.machine = more.machine.disk_slot("another");
         let refused = Clone::refused(more).await;
         assert!(
-            refused.contains("the machine has 8 devices, not 7"),
+            refused.contains("the machine has 9 devices, not 8"),
             "{refused}"
         );
+    });
+}
+
+fn other_region(template: &Template) {
+    template.runtime.block_on(async {
+        let mut other = template.spec("other");
+        other.machine = other.machine.memory_device(2 * REGION_MIB);
+        let refused = Clone::refused(other).await;
+        assert!(refused.contains("has 4096 MiB of addresses"), "{refused}");
     });
 }
 

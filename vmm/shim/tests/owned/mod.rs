@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use hull_machine::channel::{AsyncChannel, Channel};
-use hull_machine::control::{Event, ExitReason, Request};
+use hull_machine::control::{Event, ExitReason, MemoryRefused, Request};
 use hull_protocol::agent::*;
 use hull_protocol::agent_ttrpc::{Agent, create_agent};
 use hull_protocol::{AGENT_PORT, READY_PORT, STREAM_MAGIC};
@@ -216,6 +216,10 @@ impl Machine {
             Request::InsertDisk { id, .. } | Request::EjectDisk { id, .. } => {
                 Event::DiskChanged { id, result: Ok(()) }
             }
+            Request::ResizeMemory { id, .. } | Request::AskMemory { id } => Event::AddedMemory {
+                id,
+                result: Err(MemoryRefused::NoDevice),
+            },
             Request::Pause { id } => Event::Paused { id },
             Request::Resume { id } => Event::Resumed { id },
             Request::Snapshot { id } => Event::SnapshotTaken { id, result: Ok(()) },

@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use vm_memory::GuestMemoryMmap;
+use crate::memory::GuestRam;
 
 use super::worker::{Events, Handler, Readiness, Worker, borrow};
 use crate::control::DiskRefused;
@@ -226,7 +226,7 @@ impl VirtioDevice for Block {
 /// Answers one request after the other, synchronously: when the worker has ended no I/O is under way.
 #[derive(Debug)]
 pub(super) struct Requests {
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     requests: ActiveQueue,
     write_through: bool,
     slot: Arc<Slot>,

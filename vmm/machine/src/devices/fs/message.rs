@@ -6,10 +6,11 @@ use std::mem::size_of;
 use virtio_queue::DescriptorChain;
 use virtiofsd::descriptor_utils::{Reader, Writer};
 use virtiofsd::fuse::{InHeader, Opcode, OutHeader};
-use vm_memory::{Address, ByteValued, Bytes, GuestMemoryMmap};
+use vm_memory::{Address, ByteValued, Bytes};
 
 use super::mapping::FileServerMemory;
 use super::server::{MessageServer, Session};
+use crate::memory::GuestRam;
 
 /// Size of an answer's header, which is all of a refusal.
 const HEADER_SIZE: u32 = 16;
@@ -21,11 +22,14 @@ const ATOMIC_O_TRUNC: u8 = 1 << 3;
 
 /// Serves the message in `chain`. Returns how many bytes of the chain were written.
 pub(super) fn serve(
-    chain: &DescriptorChain<&GuestMemoryMmap>,
+    chain: &DescriptorChain<&GuestRam>,
     memory: &FileServerMemory,
     server: &dyn MessageServer,
 ) -> u32 {
-    let memory = memory.get();
+    let Ok(memory) = memory.get() else {
+        return 0;
+    };
+    let memory = memory.as_ref();
     let (Ok(message), Ok(answer)) = (
         Reader::new(memory, chain.clone()),
         Writer::new(memory, chain.clone()),
@@ -69,7 +73,7 @@ pub(super) fn serve(
 /// kernel leaves truncation to the server's `open`, and looks only then whether the file is a program that
 /// runs: `O_RDONLY | O_TRUNC` would cut it off under the processes that run it. Without it the kernel asks
 /// for the truncation itself, after it has looked.
-fn withhold_atomic_truncation(chain: &DescriptorChain<&GuestMemoryMmap>) {
+fn withhold_atomic_truncation(chain: &DescriptorChain<&GuestRam>) {
     let mut before = INIT_FLAGS;
     for descriptor in chain.clone().writable() {
         let length = usize::try_from(descriptor.len()).unwrap_or(usize::MAX);

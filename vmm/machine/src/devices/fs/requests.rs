@@ -4,12 +4,12 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::mapping::FileServerMemory;
 use super::message;
 use super::server::MessageServer;
+use crate::memory::GuestRam;
 use crate::virtio::device::{ActiveQueue, Interrupt, QueuePosition};
 
 /// A queue, shared by the threads of a pool.
@@ -19,7 +19,7 @@ pub(super) struct RequestQueue {
     ring: Mutex<Ring>,
     kick: EventFd,
     interrupt: Arc<dyn Interrupt>,
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     file_server_memory: Arc<FileServerMemory>,
 }
 
@@ -37,7 +37,7 @@ struct Ring {
 /// What a thread finds in a queue.
 #[derive(Debug)]
 pub(super) struct Taken<'a> {
-    chain: DescriptorChain<&'a GuestMemoryMmap>,
+    chain: DescriptorChain<&'a GuestRam>,
     /// There is more to be taken.
     pub(super) more: bool,
 }
@@ -45,7 +45,7 @@ pub(super) struct Taken<'a> {
 impl RequestQueue {
     pub(super) fn new(
         active: ActiveQueue,
-        memory: GuestMemoryMmap,
+        memory: GuestRam,
         file_server_memory: Arc<FileServerMemory>,
     ) -> Self {
         Self {
@@ -124,7 +124,7 @@ impl RequestQueue {
 }
 
 impl Ring {
-    fn take<'a>(&mut self, memory: &'a GuestMemoryMmap) -> io::Result<Option<Taken<'a>>> {
+    fn take<'a>(&mut self, memory: &'a GuestRam) -> io::Result<Option<Taken<'a>>> {
         // The second look is for a request that came between the first and the driver's being told to notify.
         for _ in 0..2 {
             let chain = self.queue.iter(memory).map_err(io::Error::other)?.next();

@@ -9,11 +9,11 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET, VIRTIO_NET_CTRL_MQ,
     VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_ERR, VIRTIO_NET_OK,
 };
-use vm_memory::GuestMemoryMmap;
 
 use super::limits::Limiter;
 use super::link::Link;
 use crate::config::{DirectionLimits, RateLimit};
+use crate::memory::GuestRam;
 use crate::virtio::buffers::{Buffers, ChainError};
 use crate::virtio::device::ActiveQueue;
 
@@ -52,7 +52,7 @@ impl Commands {
     ///
     /// # Errors
     /// When the queue is broken: nothing more can be made of it until the driver resets the device.
-    pub fn run(&mut self, memory: &GuestMemoryMmap) -> io::Result<()> {
+    pub fn run(&mut self, memory: &GuestRam) -> io::Result<()> {
         let Self {
             queue,
             link,

@@ -10,7 +10,6 @@ use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
     timerfd_settime,
 };
-use vm_memory::GuestMemoryMmap;
 
 use super::commands::Commands;
 use super::features;
@@ -19,6 +18,7 @@ use super::receive::{self, Receive};
 use super::transmit::{self, Transmit};
 use super::vhost::Running;
 use crate::devices::worker::{Events, Handler, Readiness, borrow};
+use crate::memory::GuestRam;
 use crate::virtio::device::QueuePosition;
 
 const RECEIVE: u64 = 0;
@@ -46,7 +46,7 @@ enum Served {
 #[derive(Debug)]
 pub struct Pair {
     number: usize,
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     negotiated: u64,
     receive: Receive,
     transmit: Transmit,
@@ -63,7 +63,7 @@ pub struct Pair {
 impl Pair {
     pub fn new(
         number: usize,
-        memory: GuestMemoryMmap,
+        memory: GuestRam,
         negotiated: u64,
         (receive, transmit): (Receive, Transmit),
         link: Arc<Link>,

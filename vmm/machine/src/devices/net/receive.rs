@@ -10,13 +10,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use virtio_queue::QueueT;
-use vm_memory::GuestMemoryMmap;
 
 use super::counters::{Counters, count};
 use super::header::{self, ETHERNET, LONGEST_FRAME};
 use super::limits::Limiter;
 use super::ring::{Ring, Used};
 use super::{PACKETS, features};
+use crate::memory::GuestRam;
 use crate::virtio::buffers::{Buffers, Span};
 
 /// Packets in one go.
@@ -82,13 +82,13 @@ impl Receive {
     ///
     /// # Errors
     /// When the queue is broken: nothing more can be made of it until the driver resets the device.
-    pub fn run(&mut self, memory: &GuestMemoryMmap, tap: BorrowedFd<'_>) -> io::Result<Pause> {
+    pub fn run(&mut self, memory: &GuestRam, tap: BorrowedFd<'_>) -> io::Result<Pause> {
         let pause = self.move_packets(memory, tap)?;
         self.ring.tell_driver(memory)?;
         Ok(pause)
     }
 
-    fn move_packets(&mut self, memory: &GuestMemoryMmap, tap: BorrowedFd<'_>) -> io::Result<Pause> {
+    fn move_packets(&mut self, memory: &GuestRam, tap: BorrowedFd<'_>) -> io::Result<Pause> {
         for _ in 0..BUDGET {
             if self.length == 0 {
                 if let Some(due) = self.limiter.pause() {
@@ -117,7 +117,7 @@ impl Receive {
 
     /// Copies the packet to as many buffers as it takes. False if there are too few of them yet; true if it is the
     /// driver's, or will never be.
-    fn deliver(&mut self, memory: &GuestMemoryMmap) -> io::Result<bool> {
+    fn deliver(&mut self, memory: &GuestRam) -> io::Result<bool> {
         let packet = self.packet.get_mut(..self.length).unwrap_or_default();
         let length = packet.len();
         let header = packet
@@ -153,12 +153,7 @@ impl Receive {
     }
 
     /// Leaves buffers that don't suffice to the next time, or the packet if there is nothing more to hope for.
-    fn postpone(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        places: &Places<'_>,
-        most: u16,
-    ) -> io::Result<bool> {
+    fn postpone(&mut self, memory: &GuestRam, places: &Places<'_>, most: u16) -> io::Result<bool> {
         if places.good.is_empty() {
             self.bad_buffers(places);
             self.ring.give_back(memory, &empty(&places.bad))?;
@@ -188,7 +183,7 @@ fn empty(heads: &[u16]) -> Vec<Used> {
 /// Takes up to `most` buffers for `length` bytes. If they are too few, the driver notifies of its next one.
 fn take_places<'m>(
     ring: &mut Ring,
-    memory: &'m GuestMemoryMmap,
+    memory: &'m GuestRam,
     length: usize,
     most: u16,
 ) -> io::Result<Places<'m>> {

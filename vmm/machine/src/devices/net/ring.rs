@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::memory::GuestRam;
 use crate::virtio::device::{ActiveQueue, Interrupt, QueuePosition};
 
 /// Offset of the used and available rings' entries, after flags and index (Virtio 1.2, section 2.7.6).
@@ -58,8 +59,8 @@ impl Ring {
     /// Takes the next chain. If there is none, the driver notifies of its next one.
     pub fn next<'m>(
         &mut self,
-        memory: &'m GuestMemoryMmap,
-    ) -> io::Result<Option<DescriptorChain<&'m GuestMemoryMmap>>> {
+        memory: &'m GuestRam,
+    ) -> io::Result<Option<DescriptorChain<&'m GuestRam>>> {
         // The second look is for a chain that came between the first and the driver's being told to notify.
         for _ in 0..2 {
             let mut chains = self.queue.iter(memory).map_err(io::Error::other)?;
@@ -86,7 +87,7 @@ impl Ring {
 
     /// Gives chains back, all at once: a driver that finds the first buffer of a packet finds all of them
     /// (section 5.1.6.4.2), which one call of `Queue::add_used` for each would not do.
-    pub fn give_back(&mut self, memory: &GuestMemoryMmap, chains: &[Used]) -> io::Result<()> {
+    pub fn give_back(&mut self, memory: &GuestRam, chains: &[Used]) -> io::Result<()> {
         if chains.is_empty() {
             return Ok(());
         }
@@ -112,7 +113,7 @@ impl Ring {
     }
 
     /// Tells the driver of what was given back, if it wants to know (sections 2.7.7 and 2.7.10).
-    pub fn tell_driver(&mut self, memory: &GuestMemoryMmap) -> io::Result<()> {
+    pub fn tell_driver(&mut self, memory: &GuestRam) -> io::Result<()> {
         let index = self.queue.next_used();
         if index == self.told {
             return Ok(());
@@ -144,7 +145,7 @@ impl Ring {
     /// Goes on where somebody else has left off, who gives chains back in their order: where the used ring says. Chains
     /// that were taken and not given back, as the kernel does with packets for a tap that is gone, are taken again:
     /// nobody else would give them back.
-    pub fn resume(&mut self, memory: &GuestMemoryMmap) -> io::Result<()> {
+    pub fn resume(&mut self, memory: &GuestRam) -> io::Result<()> {
         let used = self
             .queue
             .used_idx(memory, Ordering::Acquire)
@@ -166,8 +167,8 @@ mod tests {
     const USED_EVENT: u64 = 8 * 16 + ENTRIES + 8 * AVAILABLE_ENTRY;
     const FLAGS: u64 = 8 * 16;
 
-    fn driver(event_idx: bool) -> (GuestMemoryMmap, DriverQueue, Ring) {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+    fn driver(event_idx: bool) -> (GuestRam, DriverQueue, Ring) {
+        let memory = crate::memory::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
         let driver = DriverQueue::new(&memory, 0, 8);
         let ring = Ring::new(driver.activate(0), event_idx);
         (memory, driver, ring)

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use virtio_queue::DescriptorChain;
-use vm_memory::GuestMemoryMmap;
 
 use super::PACKETS;
 use super::counters::{Counters, count};
 use super::header;
 use super::limits::Limiter;
 use super::ring::{Ring, Used};
+use crate::memory::GuestRam;
 use crate::virtio::buffers::{Buffers, Span};
 
 /// Packets in one go.
@@ -52,11 +52,7 @@ impl Transmit {
     ///
     /// # Errors
     /// When the queue is broken: nothing more can be made of it until the driver resets the device.
-    pub fn run(
-        &mut self,
-        memory: &GuestMemoryMmap,
-        tap: Option<BorrowedFd<'_>>,
-    ) -> io::Result<Pause> {
+    pub fn run(&mut self, memory: &GuestRam, tap: Option<BorrowedFd<'_>>) -> io::Result<Pause> {
         let mut used = Vec::new();
         let pause = self.send(memory, tap, &mut used)?;
         self.ring.give_back(memory, &used)?;
@@ -66,7 +62,7 @@ impl Transmit {
 
     fn send(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestRam,
         tap: Option<BorrowedFd<'_>>,
         used: &mut Vec<Used>,
     ) -> io::Result<Pause> {
@@ -104,8 +100,8 @@ impl Transmit {
     /// A packet's header for the host's kernel, and its frame; if it is one.
     fn packet<'m>(
         &self,
-        memory: &'m GuestMemoryMmap,
-        chain: DescriptorChain<&'m GuestMemoryMmap>,
+        memory: &'m GuestRam,
+        chain: DescriptorChain<&'m GuestRam>,
     ) -> Option<([u8; header::SIZE], Span<'m>)> {
         let Buffers {
             mut readable,

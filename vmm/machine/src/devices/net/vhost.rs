@@ -10,11 +10,12 @@ use vhost::vhost_kern::VhostKernBackend;
 use vhost::vhost_kern::vhost_binding::{VHOST_NET_SET_BACKEND, vhost_vring_file};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_queue::QueueT;
-use vm_memory::{Address, GuestMemory, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemory, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::link::Backend;
 use super::ring::Ring;
+use crate::memory::GuestRam;
 
 /// Of a pair's two queues, which is which.
 const QUEUES: [usize; 2] = [0, 1];
@@ -48,7 +49,7 @@ impl VhostNet {
 #[derive(Debug)]
 struct Handle<'a> {
     descriptor: BorrowedFd<'a>,
-    memory: &'a GuestMemoryMmap,
+    memory: &'a GuestRam,
 }
 
 impl AsRawFd for Handle<'_> {
@@ -58,7 +59,7 @@ impl AsRawFd for Handle<'_> {
 }
 
 impl<'a> VhostKernBackend for Handle<'a> {
-    type AS = &'a GuestMemoryMmap;
+    type AS = &'a GuestRam;
 
     fn mem(&self) -> &Self::AS {
         &self.memory
@@ -91,7 +92,7 @@ impl Handle<'_> {
             .map(|region| VhostUserMemoryRegionInfo {
                 guest_phys_addr: region.start_addr().raw_value(),
                 memory_size: region.len(),
-                userspace_addr: region.as_ptr().expose_provenance() as u64,
+                userspace_addr: region.mapping().as_ptr().expose_provenance() as u64,
                 mmap_offset: 0,
                 mmap_handle: -1,
             })
@@ -141,7 +142,7 @@ enum SetError {
 #[derive(Debug)]
 pub struct Running {
     backend: Arc<Backend>,
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     /// For each queue, what is to become an interrupt.
     pub relays: [Option<EventFd>; 2],
 }
@@ -153,7 +154,7 @@ impl Running {
     /// When the kernel refuses. It serves nothing then.
     pub fn start(
         backend: &Arc<Backend>,
-        memory: &GuestMemoryMmap,
+        memory: &GuestRam,
         negotiated: u64,
         rings: [&Ring; 2],
     ) -> io::Result<Option<Self>> {
@@ -212,7 +213,7 @@ impl Running {
 }
 
 impl VhostNet {
-    fn handle<'a>(&'a self, memory: &'a GuestMemoryMmap) -> Handle<'a> {
+    fn handle<'a>(&'a self, memory: &'a GuestRam) -> Handle<'a> {
         Handle {
             descriptor: self.descriptor.as_fd(),
             memory,

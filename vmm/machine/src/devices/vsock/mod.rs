@@ -44,13 +44,13 @@ use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
 
 pub use self::inbox::VsockHandle;
 use self::multiplexer::Multiplexer;
 use self::service::{Rest, Running};
 use crate::config::VsockConfig;
 use crate::control::ConnectRefused;
+use crate::memory::GuestRam;
 use crate::virtio::buffers::Buffers;
 use crate::virtio::device::{Activation, ActiveQueue, Suspended, VirtioDevice};
 
@@ -107,7 +107,7 @@ impl Vsock {
 
 impl Vsock {
     /// Tells the driver of a clone that the connections which it knows were another machine's.
-    fn tell_reset(&mut self, memory: &GuestMemoryMmap) -> io::Result<()> {
+    fn tell_reset(&mut self, memory: &GuestRam) -> io::Result<()> {
         let Some(events) = &mut self.events else {
             return Ok(());
         };

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use rustix::event::epoll::{self, EventData, EventFlags};
-use vm_memory::{GuestMemoryMmap, VolatileSlice};
+use vm_memory::VolatileSlice;
 
 use super::connection::{Connection, Control, End, State};
 use super::host_end::HostEnd;
@@ -22,6 +22,7 @@ use super::ring::{self, Ring, RingError};
 use super::{Connected, GuestConnections};
 use crate::config::VsockConfig;
 use crate::control::ConnectRefused;
+use crate::memory::GuestRam;
 
 /// Most connections at a time.
 pub(super) const MAX_CONNECTIONS: usize = 1024;
@@ -369,7 +370,7 @@ impl Multiplexer {
     pub(super) fn send(
         &mut self,
         ring: &mut Ring,
-        memory: &GuestMemoryMmap,
+        memory: &GuestRam,
         now: Instant,
     ) -> Result<Sent, RingError> {
         while let Some(reset) = self.resets.front() {
@@ -404,7 +405,7 @@ impl Multiplexer {
         &mut self,
         token: Token,
         ring: &mut Ring,
-        memory: &GuestMemoryMmap,
+        memory: &GuestRam,
         now: Instant,
     ) -> Result<bool, RingError> {
         let guest_cid = self.guest_cid;

@@ -3,7 +3,9 @@
 //! Drivers put header and data into one descriptor or into many, so a packet is a list of slices. (The parser of
 //! the `virtio-vsock` crate takes two at most, which Linux exceeds since 6.7 when a program sends without copying.)
 
-use vm_memory::{ByteValued, GuestMemory, GuestMemoryMmap, Le16, Le32, Le64, VolatileSlice};
+use vm_memory::{ByteValued, GuestMemory, Le16, Le32, Le64, VolatileSlice};
+
+use crate::memory::GuestRam;
 
 use virtio_queue::DescriptorChain;
 
@@ -131,8 +133,8 @@ impl<'a> Buffer<'a> {
     /// Resolves a chain whose descriptors are all for reading, or all for writing. `None` if it is not one in RAM
     /// with room for a header.
     pub(super) fn new(
-        memory: &'a GuestMemoryMmap,
-        chain: DescriptorChain<&'a GuestMemoryMmap>,
+        memory: &'a GuestRam,
+        chain: DescriptorChain<&'a GuestRam>,
         writable: bool,
     ) -> Option<Self> {
         let mut slices = Vec::with_capacity(2);

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestMemoryMmap, VolatileSlice};
+use vm_memory::VolatileSlice;
 
 use super::packet::{self, Buffer, HEADER_SIZE, Header};
+use crate::memory::GuestRam;
 use crate::virtio::device::{Interrupt, QueuePosition};
 
 /// Most buffers that one read from a socket fills.
@@ -62,8 +63,8 @@ impl Ring {
     /// Takes the next buffer. If there is none, the driver notifies of its next one.
     pub(super) fn next<'m>(
         &mut self,
-        memory: &'m GuestMemoryMmap,
-    ) -> Result<Option<DescriptorChain<&'m GuestMemoryMmap>>, RingError> {
+        memory: &'m GuestRam,
+    ) -> Result<Option<DescriptorChain<&'m GuestRam>>, RingError> {
         // The second look is for a buffer that came between the first and the driver's being told to notify.
         for _ in 0..2 {
             if let Some(chain) = self.queue.iter(memory)?.next() {
@@ -79,7 +80,7 @@ impl Ring {
     /// Gives a buffer back, with so many bytes written.
     pub(super) fn give_back(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestRam,
         descriptor: u16,
         written: usize,
     ) -> Result<(), RingError> {
@@ -89,7 +90,7 @@ impl Ring {
     }
 
     /// Tells the driver of the buffers given back, if it wants to know.
-    pub(super) fn tell_driver(&mut self, memory: &GuestMemoryMmap) -> Result<(), RingError> {
+    pub(super) fn tell_driver(&mut self, memory: &GuestRam) -> Result<(), RingError> {
         if std::mem::take(&mut self.untold) && self.queue.needs_notification(memory)? {
             self.interrupt.signal().map_err(RingError::Interrupt)?;
         }
@@ -99,7 +100,7 @@ impl Ring {
     /// Takes a place for a packet. `None` when the guest has no buffer posted.
     pub(super) fn take_place<'m>(
         &mut self,
-        memory: &'m GuestMemoryMmap,
+        memory: &'m GuestRam,
     ) -> Result<Option<Place<'m>>, RingError> {
         while let Some(chain) = self.next(memory)? {
             let descriptor = chain.head_index();
@@ -114,7 +115,7 @@ impl Ring {
     /// Takes places for `length` bytes of data, or for as many as there are and fit one batch.
     pub(super) fn take_places<'m>(
         &mut self,
-        memory: &'m GuestMemoryMmap,
+        memory: &'m GuestRam,
         length: usize,
     ) -> Result<Vec<Place<'m>>, RingError> {
         let (mut places, mut capacity) = (Vec::new(), 0_usize);
@@ -150,7 +151,7 @@ impl Ring {
     /// Writes a packet without data.
     pub(super) fn fill(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestRam,
         place: &Place<'_>,
         header: Header,
     ) -> Result<(), RingError> {
@@ -162,7 +163,7 @@ impl Ring {
     /// were not needed. `header` makes a header for so many bytes.
     pub(super) fn fill_all(
         &mut self,
-        memory: &GuestMemoryMmap,
+        memory: &GuestRam,
         places: &[Place<'_>],
         length: usize,
         mut header: impl FnMut(u32) -> Header,
@@ -195,10 +196,7 @@ pub(super) fn data<'m>(places: &[Place<'m>]) -> Vec<VolatileSlice<'m>> {
         .collect()
 }
 
-fn place<'m>(
-    memory: &'m GuestMemoryMmap,
-    chain: DescriptorChain<&'m GuestMemoryMmap>,
-) -> Option<Place<'m>> {
+fn place<'m>(memory: &'m GuestRam, chain: DescriptorChain<&'m GuestRam>) -> Option<Place<'m>> {
     let descriptor = chain.head_index();
     let (header, data) = Buffer::new(memory, chain, true)?.split()?;
     Some(Place {

@@ -10,13 +10,13 @@ use std::time::Instant;
 
 use rustix::event::Timespec;
 use rustix::event::epoll::{self, Event, EventData, EventFlags};
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::inbox::VsockHandle;
 use super::multiplexer::{Multiplexer, Sent};
 use super::packet::Buffer;
 use super::ring::{Ring, RingError};
+use crate::memory::GuestRam;
 use crate::threads::{self, ThreadClass};
 use crate::virtio::device::{ActiveQueue, QueuePosition};
 
@@ -52,7 +52,7 @@ struct Service {
     multiplexer: Multiplexer,
     epoll: Arc<OwnedFd>,
     handle: VsockHandle,
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     to_guest: Ring,
     from_guest: Ring,
     kicks: [EventFd; 2],
@@ -72,7 +72,7 @@ impl Running {
     pub(super) fn start(
         multiplexer: Multiplexer,
         handle: VsockHandle,
-        memory: GuestMemoryMmap,
+        memory: GuestRam,
         to_guest: ActiveQueue,
         from_guest: ActiveQueue,
     ) -> io::Result<Self> {

@@ -104,7 +104,7 @@ impl Bench {
             seen: seen.clone(),
             fails,
         };
-        let memory = GuestMemoryMmap::from_ranges(&[
+        let memory = crate::memory::from_ranges(&[
             (GuestAddress(0), usize::try_from(LOW_END).unwrap()),
             (
                 GuestAddress(HIGH_START),
@@ -514,7 +514,7 @@ fn queues(transport: &Transport) -> Vec<(Registers, bool)> {
 }
 
 /// Reads every byte of a queue's parts, as a device may.
-fn touch(memory: &GuestMemoryMmap, active: &ActiveQueue) -> Result<(), TestCaseError> {
+fn touch(memory: &GuestRam, active: &ActiveQueue) -> Result<(), TestCaseError> {
     let size = usize::from(active.queue.size());
     let parts = [
         (active.queue.desc_table(), 16 * size),

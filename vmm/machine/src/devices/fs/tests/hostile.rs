@@ -6,7 +6,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use rustix::fs::{CWD, FileType};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 
 use super::*;
 
@@ -292,7 +292,7 @@ fn malformed_messages_are_answered_and_harm_nothing() {
 
 #[test]
 fn cve_2016_5403_requests_under_way_are_never_more_than_the_queue_has_entries() {
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+    let memory = crate::memory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
     let mut driver = DriverQueue::new(&memory, 0, 4);
     let head = driver.offer(&[(0x1000, 40)], &[(0x2000, 100)]);
     let queue = RequestQueue::new(
@@ -315,7 +315,7 @@ fn cve_2016_5403_requests_under_way_are_never_more_than_the_queue_has_entries() 
 
 #[test]
 fn a_ring_that_lies_stops_its_queue_only_once() {
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
+    let memory = crate::memory::from_ranges(&[(GuestAddress(0), 0x10_0000)]).unwrap();
     let mut driver = DriverQueue::new(&memory, 0, 4);
     (0..100).for_each(|_| driver.make_available(0));
     let queue = RequestQueue::new(

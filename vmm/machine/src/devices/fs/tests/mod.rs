@@ -10,10 +10,11 @@ use std::path::Path;
 
 use rustix::fs::{CWD, Mode, OFlags};
 use tempfile::TempDir;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::devices::driver_queue::{DriverQueue, Interrupts};
+use crate::memory::GuestRam;
 
 const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
@@ -55,7 +56,7 @@ const ANSWER_SIZE: u32 = 0x10_1000;
 
 /// A guest that speaks FUSE by hand.
 struct Guest {
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     requests: DriverQueue,
     _priority: DriverQueue,
     unique: u64,
@@ -70,7 +71,7 @@ impl Guest {
     }
 
     fn with(config: FsConfig) -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x50_0000)]).unwrap();
+        let memory = crate::memory::from_ranges(&[(GuestAddress(0), 0x50_0000)]).unwrap();
         let mut guest = Self {
             requests: DriverQueue::new(&memory, 0x1_0000, 64),
             _priority: DriverQueue::new(&memory, 0, 16),

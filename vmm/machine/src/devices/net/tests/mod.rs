@@ -11,13 +11,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::link::Backend;
 use super::tap::Tap;
 use super::*;
 use crate::config::NetLimits;
 use crate::devices::driver_queue::{DriverQueue, Interrupts};
+use crate::memory::GuestRam;
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const HEADER: usize = header::SIZE;
@@ -130,7 +131,7 @@ fn config(queue_pairs: u8, limits: NetLimits) -> NetConfig {
 struct Interface {
     net: Net,
     handle: NetHandle,
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     queues: Vec<DriverQueue>,
     config_interrupts: Arc<Interrupts>,
 }
@@ -139,7 +140,7 @@ impl Interface {
     fn new(config: &NetConfig, backends: Option<Vec<Backend>>) -> Self {
         let (net, handle) = Net::with_backends(config, backends).unwrap();
         // Ends with RAM, then a hole.
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x40_0000)]).unwrap();
+        let memory = crate::memory::from_ranges(&[(GuestAddress(0), 0x40_0000)]).unwrap();
         let queues = (0_u64..)
             .zip(net.queue_max_sizes())
             .map(|(index, size)| DriverQueue::new(&memory, 0x1000 + 0x4000 * index, *size))

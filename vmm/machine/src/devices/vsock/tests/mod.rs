@@ -8,11 +8,12 @@ use std::io::{Read, Write};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::packet::{HEADER_SIZE, Header, Op, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use super::*;
 use crate::devices::driver_queue::{DriverQueue, Interrupts};
+use crate::memory::GuestRam;
 
 const GUEST_CID: u32 = 3;
 const HOST_CID: u64 = packet::HOST_CID;
@@ -33,7 +34,7 @@ const MEMORY: usize = 0xa0_0000;
 
 /// A driver.
 struct Guest {
-    memory: GuestMemoryMmap,
+    memory: GuestRam,
     to_guest: DriverQueue,
     from_guest: DriverQueue,
     /// Which buffer each chain of `to_guest` has.
@@ -60,7 +61,7 @@ impl Guest {
     }
 
     fn without_buffers() -> Self {
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+        let memory = crate::memory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
         let (tell, accepted) = channel();
         let config = VsockConfig {
             cid: GUEST_CID,
