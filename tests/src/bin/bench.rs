@@ -94,7 +94,7 @@ fn boot(hull: &Hull) {
         command
             .args([
                 "-M",
-                "microvm,pic=off,pit=off,rtc=off",
+                "microvm,pcie=on,pic=off,pit=off,rtc=off",
                 "-accel",
                 "kvm",
                 "-cpu",
@@ -107,11 +107,12 @@ fn boot(hull: &Hull) {
                 "-no-user-config",
                 "-display",
                 "none",
-                "-serial",
-                "stdio",
                 "-no-reboot",
             ])
-            .args(["-append", "console=ttyS0 quiet panic=-1"])
+            .args(["-device", "virtio-serial-pci"])
+            .args(["-chardev", "stdio,id=console"])
+            .args(["-device", "virtconsole,chardev=console"])
+            .args(["-append", "console=hvc0 quiet panic=-1"])
             .arg("-kernel")
             .arg(&kernel)
             .arg("-initrd")

@@ -1,4 +1,4 @@
-//! Boots one kernel and initramfs under `hull-vmm`, its console on standard output.
+//! Boots one kernel and initramfs under `hull-vmm`, its console on standard output. More arguments go to the kernel.
 
 #![allow(clippy::expect_used, reason = "a benchmark reports by panicking")]
 
@@ -11,13 +11,16 @@ use hull_machine::client::{Machine, MachineSpec};
 fn main() {
     let mut args = std::env::args().skip(1);
     let mut open = |what: &str| {
-        let path = args
-            .next()
-            .unwrap_or_else(|| panic!("usage: boot-machine KERNEL INITRAMFS: {what}"));
+        let path = args.next().unwrap_or_else(|| {
+            panic!("usage: boot-machine KERNEL INITRAMFS [ARGUMENT...]: {what}")
+        });
         File::open(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
     };
     let kernel = open("KERNEL");
     let initramfs = open("INITRAMFS");
+    let cmdline = args.fold("console=hvc0 quiet panic=-1".to_owned(), |line, more| {
+        line + " " + &more
+    });
     let kvm = File::options()
         .read(true)
         .write(true)
@@ -32,7 +35,7 @@ fn main() {
         .with_file_name("hull-vmm");
     let spec = MachineSpec::new(kvm, kernel, console)
         .initramfs(initramfs)
-        .cmdline("console=hvc0 quiet panic=-1");
+        .cmdline(cmdline);
 
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

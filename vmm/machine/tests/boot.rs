@@ -24,7 +24,7 @@ use guest::{image, initramfs, run, spec};
 const INIT: &str = r#"#!/bin/busybox sh
 busybox mount -t proc proc /proc
 busybox mount -t devtmpfs dev /dev
-for module in $(busybox cat /modules/load); do
+for module in $(busybox cat /modules/load 2> /dev/null); do
     busybox insmod "/modules/$module"
 done
 exec > /dev/hvc0 2>&1
@@ -38,19 +38,25 @@ esac
 while :; do busybox sleep 1000; done
 "#;
 
-fn boot(series: &str, vcpus: u8, cmdline: &str) -> (ExitReason, String) {
-    let image = image(series);
+fn boot(kernel: &str, vcpus: u8, cmdline: &str) -> (ExitReason, String) {
+    let image = image(kernel);
     let kernel = File::open(image.join("vmlinux")).unwrap();
     let (spec, console) = spec(kernel, &image, INIT, cmdline);
     run(spec.vcpus(vcpus), console, None)
 }
 
 #[track_caller]
-fn assert_ends(series: &str, vcpus: u8, cmdline: &str, expected: &ExitReason) {
-    let (reason, console) = boot(series, vcpus, cmdline);
+fn assert_ends(kernel: &str, vcpus: u8, cmdline: &str, expected: &ExitReason) {
+    let (reason, console) = boot(kernel, vcpus, cmdline);
 
     assert_eq!(&reason, expected);
     assert!(console.contains(&format!("init: up, processors: {vcpus}")));
+}
+
+#[test]
+#[ignore = "needs KVM"]
+fn the_default_kernel_powers_off() {
+    assert_ends("default", 1, "end=power-off", &ExitReason::PowerOff);
 }
 
 #[test]
@@ -67,8 +73,8 @@ fn linux_6_1_powers_off() {
 
 #[test]
 #[ignore = "needs KVM"]
-fn linux_6_12_has_two_processors() {
-    assert_ends("6.12", 2, "end=power-off", &ExitReason::PowerOff);
+fn the_default_kernel_has_two_processors() {
+    assert_ends("default", 2, "end=power-off", &ExitReason::PowerOff);
 }
 
 #[test]
@@ -79,14 +85,20 @@ fn linux_6_1_has_two_processors() {
 
 #[test]
 #[ignore = "needs KVM"]
-fn linux_6_12_resets() {
-    assert_ends("6.12", 1, "end=reset", &ExitReason::Reset);
+fn the_default_kernel_resets() {
+    assert_ends("default", 1, "end=reset", &ExitReason::Reset);
 }
 
 #[test]
 #[ignore = "needs KVM"]
 fn linux_6_1_resets() {
     assert_ends("6.1", 1, "end=reset", &ExitReason::Reset);
+}
+
+#[test]
+#[ignore = "needs KVM"]
+fn the_default_kernel_panics() {
+    assert_ends("default", 2, "end=panic panic=-1", &ExitReason::Panic);
 }
 
 #[test]
@@ -103,8 +115,8 @@ fn linux_6_1_panics() {
 
 #[test]
 #[ignore = "needs KVM"]
-fn linux_6_12_triple_faults() {
-    assert_ends("6.12", 1, "end=reset reboot=t", &ExitReason::TripleFault);
+fn the_default_kernel_triple_faults() {
+    assert_ends("default", 1, "end=reset reboot=t", &ExitReason::TripleFault);
 }
 
 #[test]
@@ -116,7 +128,7 @@ fn linux_6_1_triple_faults() {
 #[test]
 #[ignore = "needs KVM"]
 fn a_running_machine_is_stopped() {
-    let image = image("6.12");
+    let image = image("default");
     let kernel = File::open(image.join("vmlinux")).unwrap();
     let (spec, console) = spec(kernel, &image, INIT, "end=never");
 
@@ -128,7 +140,7 @@ fn a_running_machine_is_stopped() {
 #[test]
 #[ignore = "needs KVM"]
 fn memory_past_the_gap_is_used() {
-    let image = image("6.12");
+    let image = image("default");
     let kernel = File::open(image.join("vmlinux")).unwrap();
     let (spec, console) = spec(kernel, &image, INIT, "end=power-off");
 
@@ -141,7 +153,7 @@ fn memory_past_the_gap_is_used() {
 #[test]
 #[ignore = "needs KVM"]
 fn what_is_no_kernel_is_refused_with_the_reason() {
-    let image = image("6.12");
+    let image = image("default");
     let (spec, _console) = spec(initramfs(&image, INIT), &image, INIT, "");
     let runtime = tokio::runtime::Runtime::new().unwrap();
 
@@ -159,7 +171,7 @@ fn what_is_no_kernel_is_refused_with_the_reason() {
 #[test]
 #[ignore = "needs KVM"]
 fn a_bzimage_is_unpacked_and_boots() {
-    let image = image("6.12");
+    let image = image("default");
     let packed = image.with_file_name("kernels").join("6.12/vmlinuz");
     let cache = tempfile::tempdir().unwrap();
     let kernel = kernel::open(&packed, cache.path()).unwrap();

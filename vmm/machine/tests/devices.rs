@@ -31,7 +31,7 @@ mkdir -p /proc /sys /dev
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
-for module in $(cat /modules/load); do
+for module in $(cat /modules/load 2> /dev/null); do
     insmod "/modules/$module"
 done
 dmesg -n 1
@@ -76,9 +76,9 @@ blkdiscard -o 0 -l 65536 /dev/vda && echo 'discarded'
 poweroff -f
 "#;
 
-/// What the drivers of `series` say, and what is on the writable disk afterwards.
-fn tried(series: &str) -> (ExitReason, String, Vec<u8>) {
-    let image = image(series);
+/// What the drivers of `kernel` say, and what is on the writable disk afterwards.
+fn tried(kernel: &str) -> (ExitReason, String, Vec<u8>) {
+    let image = image(kernel);
     let kernel = File::open(image.join("vmlinux")).unwrap();
     let mut disk = tempfile::tempfile().unwrap();
     disk.set_len(8 * MIB as u64).unwrap();
@@ -99,8 +99,8 @@ fn tried(series: &str) -> (ExitReason, String, Vec<u8>) {
 }
 
 #[track_caller]
-fn assert_works(series: &str) {
-    let (reason, said, disk) = tried(series);
+fn assert_works(kernel: &str) {
+    let (reason, said, disk) = tried(kernel);
 
     assert_eq!(reason, ExitReason::PowerOff);
     let found: Vec<_> = said
@@ -137,6 +137,12 @@ fn assert_works(series: &str) {
     pattern[..0x1_0000].fill(0);
     assert!(disk[..MIB] == pattern);
     assert!(disk[MIB..].iter().all(|byte| *byte == 0));
+}
+
+#[test]
+#[ignore = "needs KVM"]
+fn the_default_kernel_drives_every_device() {
+    assert_works("default");
 }
 
 #[test]

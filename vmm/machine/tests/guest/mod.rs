@@ -58,17 +58,13 @@ pub fn initramfs(image: &Path, init: &str) -> File {
     File::open(&path).unwrap()
 }
 
-/// The image of 6.12, or that of 6.1 beside it.
-pub fn image(series: &str) -> PathBuf {
-    let newest = std::env::var_os("HULL_GUEST_DIR").expect("HULL_GUEST_DIR names the guest image");
-    match series {
-        "6.12" => newest.into(),
-        _ => {
-            let mut other = newest;
-            other.push("-");
-            other.push(series);
-            other.into()
-        }
+/// The image with this kernel: `default`, which pods have, or a stock one, whose image is beside it.
+pub fn image(kernel: &str) -> PathBuf {
+    let default = std::env::var_os("HULL_GUEST_DIR").expect("HULL_GUEST_DIR names the guest image");
+    let default = PathBuf::from(default);
+    match kernel {
+        "default" => default,
+        _ => default.with_file_name(format!("guest-{kernel}")),
     }
 }
 

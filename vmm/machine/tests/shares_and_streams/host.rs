@@ -1,7 +1,7 @@
 //! The host: a machine with two shares and vsock, and what it finds.
 
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -23,9 +23,9 @@ const STREAM_MIB: u64 = 64;
 
 /// Runs it for each kernel whose image is there, with those checks of files whose name has `filter` in it.
 pub fn run(image: &Path, filter: &str) -> ExitCode {
-    let older = image.with_file_name("guest-6.1");
+    let stock = ["guest-6.12", "guest-6.1"].map(|name| image.with_file_name(name));
     let mut failed = false;
-    for image in [image, &older] {
+    for image in std::iter::once(image).chain(stock.iter().map(PathBuf::as_path)) {
         if image.join("vmlinux").exists() {
             println!("test {}", image.display());
             failed |= std::panic::catch_unwind(|| machine(image, filter)).is_err();
