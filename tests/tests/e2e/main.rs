@@ -26,5 +26,6 @@ mod pod_rules;
 mod ports;
 mod run;
 mod streams;
+mod timeline;
 mod volumes;
 mod wordpress;

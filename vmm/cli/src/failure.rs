@@ -12,6 +12,7 @@ use hull_pod::networks::NetworkError;
 use hull_pod::state::StateError;
 use hull_pod::supervisor::{InstallationError, SupervisorError};
 use hull_pod::text::chain;
+use hull_pod::timeline::TimelineError;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
@@ -28,6 +29,8 @@ pub enum Failure {
     State(#[from] StateError),
     #[error(transparent)]
     Client(#[from] ClientError),
+    #[error(transparent)]
+    Timeline(#[from] TimelineError),
     #[error(transparent)]
     Socket(#[from] SocketError),
     #[error(transparent)]

@@ -17,6 +17,7 @@ use hull_pod::configuration::Configuration;
 use hull_pod::networks;
 use hull_pod::state::{Directories, Registry};
 use hull_pod::supervisor::Limits;
+use hull_pod::timeline::now_micros;
 
 use crate::failure::Failure;
 
@@ -84,6 +85,7 @@ enum Command {
     Inspect(commands::inspect::Args),
     Wait(commands::wait::Args),
     Events(commands::events::Args),
+    Timeline(commands::timeline::Args),
     Load(commands::load::Args),
     Images(commands::images::Args),
     Rmi(commands::rmi::Args),
@@ -103,6 +105,8 @@ struct Host {
     directories: Directories,
     /// None: the default one.
     configuration: Option<PathBuf>,
+    /// When the command began, on [`now_micros`].
+    began: u64,
 }
 
 impl Host {
@@ -130,10 +134,12 @@ impl Host {
 }
 
 fn main() -> ExitCode {
+    let began = now_micros();
     let cli = Cli::parse();
     let host = Host {
         directories: Directories::new(absolute(cli.run_dir), absolute(cli.data_dir)),
         configuration: cli.config.map(absolute),
+        began,
     };
     let done = match cli.command {
         Command::Run(args) => commands::run::run(&host, args),
@@ -149,6 +155,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => commands::inspect::run(&host, &args),
         Command::Wait(args) => commands::wait::run(&host, &args),
         Command::Events(args) => commands::events::run(&host, &args),
+        Command::Timeline(args) => commands::timeline::run(&host, &args),
         Command::Load(args) => commands::load::run(&host, &args),
         Command::Images(args) => commands::images::run(&host, &args),
         Command::Rmi(args) => commands::rmi::run(&host, &args),

@@ -16,4 +16,5 @@ pub mod signal;
 pub mod state;
 pub mod supervisor;
 pub mod text;
+pub mod timeline;
 pub mod volumes;

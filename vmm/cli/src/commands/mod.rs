@@ -21,4 +21,5 @@ pub mod rmi;
 pub mod run;
 pub mod stop;
 pub mod supervise;
+pub mod timeline;
 pub mod wait;

@@ -163,7 +163,7 @@ async fn start(
             continue;
         }
         let args = supervisor_args(host, &claim.dir);
-        match Client::start(claim, manifest, &program, args) {
+        match Client::start(claim, manifest, &program, args, host.began) {
             Ok(client) => clients.push(client),
             Err(error) => failure = Some(error),
         }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use hull_machine::client::{GuestConnection, Machine, NetSpec};
 use hull_machine::config::TapDescriptors;
+use hull_machine::steps::Started;
 use hull_protocol::READY_PORT;
 use tokio::net::UnixStream;
 use tokio::sync::{Mutex, mpsc};
@@ -86,6 +87,12 @@ impl Launched {
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
         u32::try_from(self.machine.pid()).ok()
+    }
+
+    /// How it came to run.
+    #[must_use]
+    pub fn started(&self) -> &Started {
+        self.machine.started()
     }
 
     /// Waits until the agent has answered.
