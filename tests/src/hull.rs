@@ -16,6 +16,8 @@ pub struct Hull {
     data: Data,
     work: TempDir,
     guest: Option<PathBuf>,
+    /// Where `hull` is. None: on PATH.
+    programs: Option<PathBuf>,
 }
 
 /// A data directory.
@@ -42,10 +44,17 @@ impl Hull {
     /// When the image can't be loaded.
     #[must_use]
     pub fn new() -> Self {
-        let hull = Self::without_images();
-        let archive = image("busybox");
-        let _ = hull.ok(["load".as_ref(), archive.as_os_str()]);
-        hull
+        Self::without_images().load("busybox")
+    }
+
+    /// With one more image.
+    ///
+    /// # Panics
+    /// When it can't be loaded.
+    #[must_use]
+    pub fn load(self, name: &str) -> Self {
+        let _ = self.ok(["load".as_ref(), image(name).as_os_str()]);
+        self
     }
 
     /// With these images and no networks, in a data directory that all such hosts share: large images
@@ -86,6 +95,7 @@ impl Hull {
             data,
             work: tempfile::tempdir().expect("a temporary directory"),
             guest: None,
+            programs: None,
         }
     }
 
@@ -101,6 +111,13 @@ impl Hull {
     #[must_use]
     pub fn with_guest(mut self, guest: impl Into<PathBuf>) -> Self {
         self.guest = Some(guest.into());
+        self
+    }
+
+    /// With the programs of another directory than PATH's.
+    #[must_use]
+    pub fn with_programs(mut self, programs: impl Into<PathBuf>) -> Self {
+        self.programs = Some(programs.into());
         self
     }
 
@@ -125,7 +142,11 @@ impl Hull {
     /// `hull` with these arguments, not started yet.
     #[must_use]
     pub fn command<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Command {
-        let mut command = command(&self.run_dir(), self.data.path());
+        let program = self.programs.as_ref().map(|programs| programs.join("hull"));
+        let mut command = Command::new(program.unwrap_or_else(|| "hull".into()));
+        command
+            .env("HULL_RUN_DIR", self.run_dir())
+            .env("HULL_DATA_DIR", self.data.path());
         command.args(args).stdin(Stdio::null());
         if let Some(guest) = &self.guest {
             command.env("HULL_GUEST_DIR", guest);
@@ -190,12 +211,6 @@ impl Drop for Hull {
             self.remove_networks();
         }
     }
-}
-
-fn command(run: &Path, data: &Path) -> Command {
-    let mut command = Command::new("hull");
-    command.env("HULL_RUN_DIR", run).env("HULL_DATA_DIR", data);
-    command
 }
 
 /// An image archive that `scripts/test` has made.

@@ -28,8 +28,8 @@ pub struct Recorder(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
-    /// The latest of the marks.
-    reached: watch::Sender<Mark>,
+    /// Told of each mark.
+    marked: watch::Sender<()>,
 }
 
 #[derive(Debug)]
@@ -75,7 +75,7 @@ impl Recorder {
         state.set(Mark::Request, requested);
         Self(Arc::new(Shared {
             state: Mutex::new(state),
-            reached: watch::Sender::new(Mark::Request),
+            marked: watch::Sender::new(()),
         }))
     }
 
@@ -117,8 +117,6 @@ impl Recorder {
             from = ended;
         }
         state.set(Mark::FirstRun, within(started.first_run, from));
-        drop(state);
-        self.0.reached.send_replace(Mark::FirstRun);
     }
 
     /// Notes that the agent has answered, and what it said of the guest's boot.
@@ -142,15 +140,13 @@ impl Recorder {
             let ready = boot.agent_ready;
             state.take(Place::Guest, "agent".into(), boot.agent_start, ready);
         }
-        drop(state);
-        self.0.reached.send_replace(Mark::Answer);
     }
 
     /// Waits until the start is over, or until a container that has started keeps silent, and writes it down.
     pub async fn keep(self, path: impl AsRef<Path> + Send + 'static) {
-        self.reached(Mark::Exec).await;
+        self.marked(Mark::Exec).await;
         // What is over then is as good.
-        let _ = timeout(SILENCE, self.reached(Mark::Output)).await;
+        let _ = timeout(SILENCE, self.marked(Mark::Output)).await;
         let written = tokio::task::spawn_blocking(move || {
             self.write(path.as_ref());
             // The process had let go of what it needs for this.
@@ -178,9 +174,10 @@ impl Recorder {
         }
     }
 
-    async fn reached(&self, mark: Mark) {
-        // The sender is in `self`.
-        let _ = self.0.reached.subscribe().wait_for(|at| *at >= mark).await;
+    async fn marked(&self, mark: Mark) {
+        let mut marked = self.0.marked.subscribe();
+        let is_marked = || self.lock().marks[mark as usize].is_some();
+        while !is_marked() && marked.changed().await.is_ok() {}
     }
 
     fn set(&self, mark: Mark, at: u64) {
@@ -195,7 +192,7 @@ impl Recorder {
             };
         }
         drop(state);
-        self.0.reached.send_replace(mark);
+        self.0.marked.send_replace(());
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -227,7 +224,14 @@ impl State {
     fn timeline(&mut self) -> Timeline {
         let zero = self.marks[Mark::Request as usize].unwrap_or(0);
         let since = |time: u64| time.saturating_sub(zero);
-        let stamps = Mark::ALL.into_iter().zip(self.marks);
+        let mut marks = self.marks;
+        // A program's first byte may be here before the agent's word that it runs.
+        if let (Some(exec), Some(output)) =
+            (marks[Mark::Exec as usize], marks[Mark::Output as usize])
+        {
+            marks[Mark::Exec as usize] = Some(exec.min(output));
+        }
+        let stamps = Mark::ALL.into_iter().zip(marks);
         let mut steps: Vec<Step> = std::mem::take(&mut self.steps)
             .into_iter()
             .map(|taken| Step {

@@ -151,12 +151,12 @@ mod tests {
             drawn,
             "\
 web   requested 1970-01-01T00:00:00.000Z
-                                   AT ms   TOOK ms
-T0              request              0.0            ◆
-    supervisor  launch               0.0      50.0  ████████▉
-    hull-vmm    jail                25.0      25.0      ████▉
-T1              first KVM_RUN       50.0                    ◆
-    guest       kernel              50.0      50.0          █████████
+                                  AT ms   TOOK ms
+T0              request             0.0            ◆
+    supervisor  launch              0.0      50.0  █████████▌
+    hull-vmm    jail               25.0      25.0      █████▌
+T1              first KVM_RUN      50.0                     ◆
+    guest       kernel             50.0      50.0           ██████████
 CPU time until T6: supervisor 12.3 ms
 "
         );
@@ -172,11 +172,9 @@ CPU time until T6: supervisor 12.3 ms
         for columns in [0, 1, 20, 80, 65_535] {
             let drawn = draw("\x1b]0;x", &odd, columns);
             assert!(!drawn.contains('\x1b'));
-            assert!(
-                drawn
-                    .lines()
-                    .all(|line| line.chars().count() <= columns.max(120))
-            );
+            // Numbers may be longer than their columns.
+            let most = columns.max(100) + 20;
+            assert!(drawn.lines().all(|line| line.chars().count() <= most));
         }
         odd.stamps.clear();
         odd.steps.clear();
