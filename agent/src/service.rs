@@ -103,6 +103,7 @@ impl Agent for Service {
                 .into_owned(),
             agent_start_micros: micros(self.started),
             agent_ready_micros: micros(self.ready),
+            now_micros: micros(boot_time()),
             ..Default::default()
         })
     }

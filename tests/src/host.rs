@@ -117,36 +117,104 @@ pub fn footprint(pid: i32) -> Footprint {
 /// When the process is gone.
 #[must_use]
 pub fn resident_kib(pid: i32) -> (u64, u64) {
-    memory_kib(pid, "Rss:")
+    let Memory { own, guest } = memory(pid);
+    (own.resident, guest.resident)
 }
 
-/// The same, with what several processes have together divided among them (proc(5): Pss).
-///
+/// A process's memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Memory {
+    pub own: Mapped,
+    /// The RAM of the guest that it runs, if it does.
+    pub guest: Mapped,
+}
+
+/// What is mapped and there, in KiB, as proc_pid_smaps(5) has it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Mapped {
+    pub resident: u64,
+    /// With what several processes have together divided among them.
+    pub proportional: u64,
+    /// Of this process alone.
+    pub private: u64,
+    /// Together with others, all of it.
+    pub shared: u64,
+}
+
 /// # Panics
 /// When the process is gone.
 #[must_use]
-pub fn proportional_kib(pid: i32) -> (u64, u64) {
-    memory_kib(pid, "Pss:")
+pub fn memory(pid: i32) -> Memory {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the process exists");
+    of_mappings(&smaps)
 }
 
-fn memory_kib(pid: i32, kind: &str) -> (u64, u64) {
-    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("the process exists");
-    let (mut total, mut guest, mut size) = (0, 0, 0);
+fn of_mappings(smaps: &str) -> Memory {
+    let mut memory = Memory::default();
+    let mut size = 0;
     for line in smaps.lines() {
-        let field = |name: &str| {
-            line.strip_prefix(name)
-                .and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok())
+        let Some((field, rest)) = line.split_once(':') else {
+            continue;
         };
-        if let Some(kib) = field("Size:") {
+        let Ok(kib) = rest.trim().trim_end_matches(" kB").parse::<u64>() else {
+            continue;
+        };
+        if field == "Size" {
             size = kib;
         }
-        if let Some(kib) = field(kind) {
-            total += kib;
-            // Guest RAM is the only mapping of 64 MiB or more that is touched.
-            if size >= 64 * 1024 {
-                guest += kib;
-            }
+        // Guest RAM is the only mapping of 64 MiB or more that is touched.
+        let of = if size >= 64 * 1024 {
+            &mut memory.guest
+        } else {
+            &mut memory.own
+        };
+        match field {
+            "Rss" => of.resident += kib,
+            "Pss" => of.proportional += kib,
+            "Private_Clean" | "Private_Dirty" => of.private += kib,
+            "Shared_Clean" | "Shared_Dirty" => of.shared += kib,
+            _ => {}
         }
     }
-    (total - guest, guest)
+    memory
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guests_ram_is_apart() {
+        let memory = of_mappings(
+            "\
+7f0000000000-7f0010000000 rw-p 00000000 00:00 0
+Size:             262144 kB
+Rss:              120000 kB
+Pss:               70000 kB
+Shared_Clean:     100000 kB
+Private_Clean:       500 kB
+Private_Dirty:     19500 kB
+7f0020000000-7f0020001000 r-xp 00000000 fe:00 1234 /usr/bin/hull-vmm
+Size:                  4 kB
+Rss:                   4 kB
+Pss:                   1 kB
+Shared_Clean:          4 kB
+VmFlags: rd ex mr mw me
+",
+        );
+
+        let guest = Mapped {
+            resident: 120_000,
+            proportional: 70_000,
+            private: 20_000,
+            shared: 100_000,
+        };
+        let own = Mapped {
+            resident: 4,
+            proportional: 1,
+            private: 0,
+            shared: 4,
+        };
+        assert_eq!(memory, Memory { own, guest });
+    }
 }

@@ -18,6 +18,8 @@ pub struct Hull {
     guest: Option<PathBuf>,
     /// Which templates machines begin with.
     templates: &'static str,
+    /// Where `hull` is. None: on PATH.
+    programs: Option<PathBuf>,
 }
 
 /// A data directory.
@@ -44,10 +46,17 @@ impl Hull {
     /// When the image can't be loaded.
     #[must_use]
     pub fn new() -> Self {
-        let hull = Self::without_images();
-        let archive = image("busybox");
-        let _ = hull.ok(["load".as_ref(), archive.as_os_str()]);
-        hull
+        Self::without_images().load("busybox")
+    }
+
+    /// With one more image.
+    ///
+    /// # Panics
+    /// When it can't be loaded.
+    #[must_use]
+    pub fn load(self, name: &str) -> Self {
+        let _ = self.ok(["load".as_ref(), image(name).as_os_str()]);
+        self
     }
 
     /// With these images and no networks, in a data directory that all such hosts share: large images
@@ -90,6 +99,7 @@ impl Hull {
             guest: None,
             // What a test sees must not depend on which pods came before.
             templates: "off",
+            programs: None,
         }
     }
 
@@ -115,6 +125,13 @@ impl Hull {
         self
     }
 
+    /// With the programs of another directory than PATH's.
+    #[must_use]
+    pub fn with_programs(mut self, programs: impl Into<PathBuf>) -> Self {
+        self.programs = Some(programs.into());
+        self
+    }
+
     /// Where this host's pods have their state.
     #[must_use]
     pub fn run_dir(&self) -> PathBuf {
@@ -136,11 +153,13 @@ impl Hull {
     /// `hull` with these arguments, not started yet.
     #[must_use]
     pub fn command<A: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Command {
-        let mut command = command(&self.run_dir(), self.data.path());
+        let program = self.programs.as_ref().map(|programs| programs.join("hull"));
+        let mut command = Command::new(program.unwrap_or_else(|| "hull".into()));
         command
-            .args(args)
-            .env("HULL_TEMPLATES", self.templates)
-            .stdin(Stdio::null());
+            .env("HULL_RUN_DIR", self.run_dir())
+            .env("HULL_DATA_DIR", self.data.path())
+            .env("HULL_TEMPLATES", self.templates);
+        command.args(args).stdin(Stdio::null());
         if let Some(guest) = &self.guest {
             command.env("HULL_GUEST_DIR", guest);
         }
@@ -205,12 +224,6 @@ impl Drop for Hull {
             self.remove_networks();
         }
     }
-}
-
-fn command(run: &Path, data: &Path) -> Command {
-    let mut command = Command::new("hull");
-    command.env("HULL_RUN_DIR", run).env("HULL_DATA_DIR", data);
-    command
 }
 
 /// An image archive that `scripts/test` has made.

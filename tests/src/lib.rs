@@ -10,6 +10,7 @@
     reason = "a test helper reports by panicking"
 )]
 
+pub mod bench;
 pub mod containerd;
 pub mod cri;
 pub mod cri_stream;
@@ -17,7 +18,6 @@ pub mod host;
 pub mod hull;
 pub mod network;
 pub mod pod;
-pub mod series;
 
 use std::time::{Duration, Instant};
 

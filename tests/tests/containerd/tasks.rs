@@ -10,6 +10,7 @@ use std::time::Duration;
 use hull_tests::containerd::{Containerd, HULL};
 use hull_tests::eventually;
 use hull_tests::hull::{assert_success, bursts_pass};
+use serde_json::Value;
 
 use crate::terminal::Terminal;
 
@@ -174,6 +175,25 @@ fn a_container_runs_as_it_is_told_and_nothing_stays() {
     assert!(text(&host.stderr).contains("--net-host"), "{host:?}");
     let _ = containerd.ctr(&["container", "delete", "t4"]);
     containerd.nothing_left();
+}
+
+#[test]
+fn a_bundle_tells_how_its_pod_started() {
+    let containerd = Containerd::start();
+    let started = containerd.run(&["--detach"], "speaks", &["sh", "-c", WAITS]);
+    assert_success(&started, "ctr run");
+    let bundle = containerd.bundle(containerd.name(), "speaks");
+
+    let kept = eventually("the timeline is written", SOON, || {
+        fs::read(bundle.join("timeline.json")).ok()
+    });
+
+    let timeline: Value = serde_json::from_slice(&kept).unwrap();
+    let stamps = timeline["stamps"].as_array().unwrap();
+    let names: Vec<_> = stamps.iter().map(|stamp| &stamp["stamp"]).collect();
+    assert_eq!(names, ["T0", "T1", "T2", "T3", "T4", "T5", "T6", "T7"]);
+    let _ = containerd.ok(&["task", "delete", "--force", "speaks"]);
+    removed(&containerd, "speaks");
 }
 
 /// `ctr --cni` looks for its network where everybody does: it is shown ours there.

@@ -27,5 +27,6 @@ mod ports;
 mod run;
 mod streams;
 mod templates;
+mod timeline;
 mod volumes;
 mod wordpress;

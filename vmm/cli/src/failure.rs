@@ -13,6 +13,7 @@ use hull_pod::state::StateError;
 use hull_pod::supervisor::{InstallationError, PodFailure, SupervisorError};
 use hull_pod::templates::TemplateError;
 use hull_pod::text::chain;
+use hull_pod::timeline::TimelineError;
 
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
@@ -29,6 +30,8 @@ pub enum Failure {
     State(#[from] StateError),
     #[error(transparent)]
     Client(#[from] ClientError),
+    #[error(transparent)]
+    Timeline(#[from] TimelineError),
     #[error(transparent)]
     Socket(#[from] SocketError),
     #[error(transparent)]

@@ -18,6 +18,7 @@ use hull_pod::configuration::Configuration;
 use hull_pod::networks;
 use hull_pod::state::{Directories, Registry};
 use hull_pod::supervisor::{Limits, MAKE_TEMPLATE};
+use hull_pod::timeline::now_micros;
 
 use crate::commands::supervise::Order;
 use crate::failure::Failure;
@@ -86,6 +87,7 @@ enum Command {
     Inspect(commands::inspect::Args),
     Wait(commands::wait::Args),
     Events(commands::events::Args),
+    Timeline(commands::timeline::Args),
     Load(commands::load::Args),
     Images(commands::images::Args),
     Rmi(commands::rmi::Args),
@@ -106,6 +108,8 @@ struct Host {
     directories: Directories,
     /// None: the default one.
     configuration: Option<PathBuf>,
+    /// When the command began, on [`now_micros`].
+    began: u64,
 }
 
 impl Host {
@@ -133,6 +137,7 @@ impl Host {
 }
 
 fn main() -> ExitCode {
+    let began = now_micros();
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
     if let Some(order) = Order::read(&arguments) {
         return ended(order.run());
@@ -141,6 +146,7 @@ fn main() -> ExitCode {
     let host = Host {
         directories: Directories::new(absolute(cli.run_dir), absolute(cli.data_dir)),
         configuration: cli.config.map(absolute),
+        began,
     };
     ended(match cli.command {
         Command::Run(args) => commands::run::run(&host, args),
@@ -156,6 +162,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => commands::inspect::run(&host, &args),
         Command::Wait(args) => commands::wait::run(&host, &args),
         Command::Events(args) => commands::events::run(&host, &args),
+        Command::Timeline(args) => commands::timeline::run(&host, &args),
         Command::Load(args) => commands::load::run(&host, &args),
         Command::Images(args) => commands::images::run(&host, &args),
         Command::Rmi(args) => commands::rmi::run(&host, &args),

@@ -32,12 +32,16 @@ use crate::control::{
     AddedMemory, ConnectRefused, DiskRefused, Event, ExitReason, MemoryRefused, PlugRefused,
     Request, SnapshotRefused,
 };
+use crate::steps::Started;
 use crate::warnings::WARNING_CHARS;
 
 /// Guest connections that wait for the supervisor; more are closed at once.
 const WAITING_CONNECTIONS: usize = 64;
 /// Longest reason taken from `hull-vmm`, in characters.
 const REASON_CHARS: usize = 2000;
+/// Steps of its start that are taken from `hull-vmm`, and the longest name of one, in characters.
+const STEPS: usize = 32;
+const STEP_CHARS: usize = 40;
 /// Warnings that a machine gets into the log in all its life: a guest can cause as many as it likes.
 const WARNINGS: u32 = 1000;
 
@@ -164,6 +168,7 @@ impl From<AskError> for PlugError {
 #[derive(Debug)]
 pub struct Machine {
     pid: i32,
+    started: Started,
     control: Arc<AsyncChannel>,
     process: Arc<AsyncFd<OwnedFd>>,
     connects: Arc<Answers<ConnectRefused>>,
@@ -216,8 +221,9 @@ impl Machine {
         };
         // From here on the follower reaps the process, and dropping `machine` kills it.
         tokio::spawn(follower.follow(end));
-        let machine = Self {
+        let mut machine = Self {
             pid,
+            started: Started::default(),
             control,
             process,
             connects,
@@ -231,7 +237,10 @@ impl Machine {
 
         launcher.wait().await.map_err(LaunchError::Control)?;
         match runs.await {
-            Ok(()) => Ok((machine, accepted)),
+            Ok(started) => {
+                machine.started = started;
+                Ok((machine, accepted))
+            }
             Err(_) => Err(LaunchError::Ended(machine.wait().await)),
         }
     }
@@ -239,6 +248,11 @@ impl Machine {
     /// The jailed process, in the caller's PID namespace.
     pub fn pid(&self) -> i32 {
         self.pid
+    }
+
+    /// How it came to run, as `hull-vmm` tells it: numbers and names to show, nothing to rely on.
+    pub fn started(&self) -> &Started {
+        &self.started
     }
 
     /// Connects to a vsock port in the guest. Waits for the guest's answer: a guest
@@ -508,7 +522,7 @@ struct Follower {
     memory: Arc<Answers<MemoryRefused, AddedMemory>>,
     pauses: Arc<Answers<Infallible>>,
     snapshots: Arc<Answers<SnapshotRefused>>,
-    running: Option<oneshot::Sender<()>>,
+    running: Option<oneshot::Sender<Started>>,
     guest_connections: mpsc::Sender<GuestConnection>,
     warnings_left: u32,
 }
@@ -545,9 +559,9 @@ impl Follower {
 
     fn handle(&mut self, event: Event, mut descriptors: Vec<OwnedFd>) -> Option<ExitReason> {
         match event {
-            Event::Running => match self.running.take() {
+            Event::Running(started) => match self.running.take() {
                 // Dropping the future of `launch` drops the machine, which ends it.
-                Some(running) => drop(running.send(())),
+                Some(running) => drop(running.send(bounded(started))),
                 None => return Some(broken("it started twice")),
             },
             Event::Connected { id, result } => self.connects.finish(id, result),
@@ -626,6 +640,14 @@ fn stream(descriptor: OwnedFd) -> io::Result<UnixStream> {
 
 fn broken(how: &str) -> ExitReason {
     ExitReason::Failed(format!("hull-vmm broke the protocol: {how}"))
+}
+
+fn bounded(mut started: Started) -> Started {
+    started.steps.truncate(STEPS);
+    for step in &mut started.steps {
+        step.name = printable(&step.name, STEP_CHARS);
+    }
+    started
 }
 
 /// Text of `hull-vmm`, safe to show on a terminal and to keep.

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::channel::Message;
 use crate::config::{MachineConfig, TapConfig};
+use crate::steps::Started;
 
 /// From the supervisor.
 #[derive(Debug, Serialize, Deserialize)]
@@ -66,7 +67,7 @@ pub enum Event {
     /// [`crate::jail`]). Attached: its pidfd.
     Jailed { pid: i32 },
     /// The machine is made, and about to run the guest's first instruction.
-    Running,
+    Running(Started),
     /// How [`Request::Connect`] went.
     Connected {
         id: u64,
@@ -108,7 +109,7 @@ impl Message for Event {
     fn descriptors(&self) -> usize {
         match self {
             Self::Jailed { .. } | Self::GuestConnection { .. } => 1,
-            Self::Running
+            Self::Running(_)
             | Self::Connected { .. }
             | Self::Plugged { .. }
             | Self::DiskChanged { .. }

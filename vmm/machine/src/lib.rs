@@ -14,6 +14,7 @@ pub mod layout;
 pub mod memory;
 pub mod pci;
 pub mod snapshot;
+pub mod steps;
 pub mod threads;
 pub mod virtio;
 pub mod vmm;

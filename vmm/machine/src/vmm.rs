@@ -53,6 +53,7 @@ use crate::memory::{self, MemoryError};
 use crate::pci::{PciError, PciRoot, RestoreBusError};
 use crate::snapshot::format::ReadError;
 use crate::snapshot::{self, MachineState, SnapshotError};
+use crate::steps::Steps;
 
 /// As many processors as local APIC ids and file system queues are laid out for.
 const MAX_VCPUS: u8 = 64;
@@ -176,7 +177,7 @@ impl Machine {
     /// Makes the machine in the calling process, inside its jail: nothing but the shares is opened by
     /// path, and no thread is started, but those of devices that a snapshot has at work.
     ///
-    /// `guest_connections` hears of each connection that the guest makes to the host.
+    /// `guest_connections` hears of each connection that the guest makes to the host, `steps` of what has been made.
     ///
     /// # Errors
     /// When the configuration can't be had on this host; says what and why.
@@ -185,6 +186,7 @@ impl Machine {
         mut descriptors: Descriptors,
         shares: Shares,
         guest_connections: GuestConnections,
+        steps: &mut Steps,
     ) -> Result<Self, BuildError> {
         if !(1..=MAX_VCPUS).contains(&config.vcpus) {
             return Err(BuildError::Processors(config.vcpus));
@@ -197,12 +199,14 @@ impl Machine {
                 (memory, Some(managed))
             }
         };
+        steps.end("memory");
         let processors = match &state {
             Some(state) => processors(state)?,
             None => config.vcpus,
         };
         let vm = Vm::new(descriptors.take(config.kvm)?, &memory, processors)?;
         let mmio64_start = place_mmio64(&vm, &memory)?;
+        steps.end("virtual machine");
 
         let mem = managed.map(|managed| {
             let slots = KvmSlots::new(Arc::clone(vm.fd()), vm.slots());
@@ -219,11 +223,13 @@ impl Machine {
             guest_connections,
             mem,
         )?;
+        steps.end("devices");
 
         let created = match (&config.start, &state) {
             (_, Some(state)) => Vcpu::restore_all(&vm, &state.kvm, config.vcpus)?,
             (Start::Boot(boot), None) => {
                 let entry = load_guest(boot, processors, &mut descriptors, &memory, mmio64_start)?;
+                steps.end("kernel and initramfs");
                 Vcpu::create_all(&vm, processors, entry)?
             }
             (Start::Snapshot { .. }, None) => return Err(BuildError::Snapshot(ReadError::Magic)),
@@ -233,12 +239,14 @@ impl Machine {
             tsc_khz,
             cpuid,
         } = created;
+        steps.end("processors");
         let mut off = Vec::new();
         let mut memory_mib = config.memory_mib;
         if let Some(state) = state.take() {
             memory_mib = state.memory_mib;
             off.extend(state.kvm.vcpus.into_iter().skip(vcpus.len()));
             pci.restore(state.bus)?;
+            steps.end("devices' state");
         }
         Ok(Self {
             ending: Ending::new().map_err(BuildError::Event)?,

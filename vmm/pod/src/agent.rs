@@ -33,6 +33,7 @@ use crate::metrics::Calls;
 use crate::oci::{InfraSpec, Pids};
 use crate::supervisor::api::Size;
 use crate::text::{cut, printable};
+use crate::timeline::GuestClock;
 
 /// A text of the agent is cut to this many bytes.
 const TEXT_MAX: usize = 1024;
@@ -102,6 +103,7 @@ pub struct GuestSize {
 pub struct GuestInfo {
     pub agent_version: String,
     pub kernel_release: String,
+    pub clock: GuestClock,
 }
 
 /// How a process ended.
@@ -245,6 +247,7 @@ impl Agent {
             .call("Hello", self.client.hello(self.context(), &request))
             .await?;
         Ok(GuestInfo {
+            clock: GuestClock::of(&answer),
             agent_version: shown(&answer.agent_version),
             kernel_release: shown(&answer.kernel_release),
         })

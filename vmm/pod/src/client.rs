@@ -72,7 +72,8 @@ impl Client {
     }
 
     /// Starts a supervisor for a claimed pod: `program` with `args`, which end in
-    /// [`crate::supervisor::supervise`]. The pod's name is the supervisor's from now on.
+    /// [`crate::supervisor::supervise`]. The pod's name is the supervisor's from now on. When it was `requested` is told
+    /// on [`crate::timeline::now_micros`].
     ///
     /// # Errors
     /// When it can't be started. The claim is then gone.
@@ -81,6 +82,7 @@ impl Client {
         manifest: &PodManifest,
         program: &Path,
         args: Vec<OsString>,
+        requested: u64,
     ) -> Result<Self, ClientError> {
         let Claim { dir, lock, .. } = claim;
         let content = serde_json::to_vec(manifest).map_err(ClientError::Manifest)?;
@@ -111,7 +113,7 @@ impl Client {
         // Our copy of its end of the channel goes, so that its death is seen.
         drop(command);
         let process = watch_process(Pid::from_child(&child)).map_err(ClientError::Process)?;
-        ours.send(&Request::Start, &[lock.as_fd()])?;
+        ours.send(&Request::Start { requested }, &[lock.as_fd()])?;
         Ok(Self {
             channel: AsyncChannel::new(ours).map_err(ClientError::Start)?,
             dir,

@@ -17,4 +17,5 @@ pub mod state;
 pub mod supervisor;
 pub mod templates;
 pub mod text;
+pub mod timeline;
 pub mod volumes;

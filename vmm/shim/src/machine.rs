@@ -18,6 +18,7 @@ use hull_pod::supervisor::{
     PodFailure, PodNetwork, Queues, Recipe, Shelf,
 };
 use hull_pod::text::chain;
+use hull_pod::timeline::{self, Mark, Recorder};
 use hull_pod::volumes::{NetworkFacts, Share};
 use oci_spec::runtime::LinuxResources;
 use rustix::fs::{CWD, Mode, OFlags};
@@ -61,6 +62,8 @@ pub struct MachinePod {
 #[derive(Debug)]
 struct Up {
     guest: Guest,
+    /// Where the pod's start is noted.
+    timeline: Recorder,
     meter: Arc<Meter>,
     share: Arc<Share>,
     volumes: StdMutex<Volumes>,
@@ -126,6 +129,7 @@ impl MachinePod {
         bundle: &Bundle,
         disk_slots: u8,
         console: &mut Option<Console>,
+        timeline: &Recorder,
     ) -> Result<Up, TaskError> {
         let namespace = self
             .namespace
@@ -140,6 +144,7 @@ impl MachinePod {
             .try_clone()
             .map_err(PodFailure::from)?;
         pids::check(bundle)?;
+        let opening = timeline.step("share and network namespace");
         let installation = Installation::find(&self.configuration).map_err(PodFailure::from)?;
         let size = spec::size(&bundle.spec, self.configuration.sizing);
         let queues = Queues {
@@ -158,6 +163,8 @@ impl MachinePod {
             Ok::<_, TaskError>((Arc::new(share), host))
         })
         .await??;
+        drop(opening);
+        let launch = timeline.step("launch");
         let nets = host.devices(Bandwidth::default());
         let (reader, pipe) =
             Console::open(&bundle.path.join("console.log")).map_err(PodFailure::from)?;
@@ -182,23 +189,35 @@ impl MachinePod {
             shelf: shelf.map_err(PodFailure::from)?,
         };
         let launched = boot.launch().await?;
+        timeline.machine(&launch, launched.started(), launched.pid());
+        drop(launch);
         // While it boots.
         let taps = tokio::task::spawn_blocking({
             let host = Arc::clone(&host);
-            move || host.blocking_lock().connect()
+            let timeline = timeline.clone();
+            move || {
+                let _step = timeline.step("network");
+                host.blocking_lock().connect()
+            }
         });
         let template = launched.template().map(str::to_owned);
         let (guest, info) = launched.meet().await?;
+        timeline.guest(&info.clock, template.is_none());
         tracing::info!(
             kernel = info.kernel_release,
             agent = info.agent_version,
             template,
             "the guest is up"
         );
+        let step = timeline.step("infra");
         guest.start_infra(&infra, &[]).await?;
+        drop(step);
+        timeline.mark(Mark::Infra);
         let taps = taps.await??;
+        let step = timeline.step("guest's network");
         let network = host.lock().await;
         guest.connect_network(&infra, &network, taps).await?;
+        drop(step);
         let meter = Arc::new(guest.meter(&network)?);
         drop(network);
         let forwarding = Forwarding::start(guest.agent().clone()).await;
@@ -206,6 +225,7 @@ impl MachinePod {
             tracing::warn!(%error, "ports can't be forwarded by way of the pod's network namespace");
         }
         Ok(Up {
+            timeline: timeline.clone(),
             meter,
             network: guest.network(&host),
             guest,
@@ -247,9 +267,13 @@ impl Pod for MachinePod {
             (Some(_), _) => MAX_SLOTS,
         };
         let mut console = None;
-        let machine = match self.boot(id, bundle, disk_slots, &mut console).await {
+        let timeline = Recorder::begin(None);
+        let kept = bundle.path.join(timeline::FILE);
+        let booted = self.boot(id, bundle, disk_slots, &mut console, &timeline);
+        let machine = match booted.await {
             Ok(machine) => Arc::new(machine),
             Err(error) => {
+                timeline.write(&kept);
                 tracing::error!(error = chain(&error), "the machine did not start");
                 if let Some(mut console) = console {
                     console.drain(self.limits.drain).await;
@@ -260,6 +284,7 @@ impl Pod for MachinePod {
                 return Err(error);
             }
         };
+        tokio::spawn(timeline.keep(kept));
         self.up.send_replace(Some(Arc::clone(&machine)));
         let (up, ending) = (self.up.clone(), Arc::clone(&self.ending));
         let asked = Arc::clone(&self.asked);
@@ -295,6 +320,7 @@ impl Pod for MachinePod {
             })
             .await??
         };
+        let _step = machine.timeline.step("create container");
         let root = machine.place_root(name, bundle, root).await?;
         let made = async {
             container.pids = machine.pids().place(name, bundle)?;
@@ -317,10 +343,19 @@ impl Pod for MachinePod {
     async fn start(&self, name: &str) -> Result<(), TaskError> {
         let machine = self.up()?;
         machine.network.look_again().await?;
+        let step = machine.timeline.step("start container");
         machine.guest.agent().start_container(name).await?;
+        drop(step);
+        machine.timeline.mark(Mark::Exec);
         machine.guest.order_template();
         footprint::shrink();
         Ok(())
+    }
+
+    fn printed(&self) {
+        if let Some(machine) = &*self.up.borrow() {
+            machine.timeline.mark(Mark::Output);
+        }
     }
 
     async fn exec(&self, exec: &str, what: &Exec) -> Result<Stdio, TaskError> {

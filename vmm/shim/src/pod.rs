@@ -33,6 +33,9 @@ pub trait Pod: Send + Sync {
 
     async fn start(&self, name: &str) -> Result<(), TaskError>;
 
+    /// A container has printed its first byte.
+    fn printed(&self) {}
+
     /// Runs a further process in a container, and returns its streams.
     async fn exec(&self, exec: &str, what: &Exec) -> Result<Stdio, TaskError>;
 

@@ -86,7 +86,8 @@ enum Sink {
 }
 
 impl Streams {
-    /// Opens what `places` names, and copies from now on; the outputs go to a logger, if there is one.
+    /// Opens what `places` names, and copies from now on; the outputs go to a logger, if there is one. `printed` is called
+    /// at the first byte of each.
     ///
     /// # Errors
     /// When something can't be opened.
@@ -94,6 +95,7 @@ impl Streams {
         stdio: Stdio,
         places: &Places,
         logger: Option<Logger>,
+        printed: impl Fn() + Clone + Send + 'static,
     ) -> Result<Self, StreamError> {
         let (mut logged, mut child) = ([None, None], None::<Child>);
         if let Some(logger) = logger {
@@ -118,7 +120,8 @@ impl Streams {
                 Some(pipe) => Sink::Fifo(pipe),
                 None => sink(place)?,
             };
-            let copy = copy_out(guests(stream)?, sink, Arc::clone(&streams.progress));
+            let progress = Arc::clone(&streams.progress);
+            let copy = copy_out(guests(stream)?, sink, progress, printed.clone());
             streams.open.send_modify(|open| *open += 1);
             let open = streams.open.clone();
             streams.outputs.push(tokio::spawn(async move {
@@ -293,9 +296,18 @@ async fn copy_in(mut reader: pipe::Receiver, mut stream: UnixStream) {
     let _ = rustix::net::shutdown(stream.as_fd(), rustix::net::Shutdown::Write);
 }
 
-async fn copy_out(mut stream: UnixStream, mut sink: Sink, progress: Arc<AtomicU64>) {
+async fn copy_out(
+    mut stream: UnixStream,
+    mut sink: Sink,
+    progress: Arc<AtomicU64>,
+    printed: impl FnOnce(),
+) {
     let mut chunk = vec![0; CHUNK];
+    let mut printed = Some(printed);
     while let Ok(length @ 1..) = stream.read(&mut chunk).await {
+        if let Some(printed) = printed.take() {
+            printed();
+        }
         let written = match &mut sink {
             Sink::Fifo(fifo) => fifo.write_all(&chunk[..length]).await,
             Sink::File(file) => file.write_all(&chunk[..length]).await,
@@ -349,7 +361,7 @@ mod tests {
             stdout: fifo(&root, "stdout"),
             ..Places::default()
         };
-        let streams = Streams::connect(stdio, &places, None).unwrap();
+        let streams = Streams::connect(stdio, &places, None, || ()).unwrap();
         let path = places.stdout.clone();
         let reader = std::thread::spawn(move || {
             let mut all = Vec::new();
@@ -382,7 +394,7 @@ mod tests {
             stdin: fifo(&root, "stdin"),
             ..Places::default()
         };
-        let streams = Streams::connect(stdio, &places, None).unwrap();
+        let streams = Streams::connect(stdio, &places, None, || ()).unwrap();
         streams.open_stdin().unwrap();
         for word in ["one ", "two "] {
             // Each time another client.
@@ -410,7 +422,7 @@ mod tests {
             stdout: fifo(&root, "stdout"),
             ..Places::default()
         };
-        let streams = Streams::connect(stdio, &places, None).unwrap();
+        let streams = Streams::connect(stdio, &places, None, || ()).unwrap();
         let writer = std::thread::spawn(move || {
             let chunk = [b'x'; CHUNK];
             while guest.write_all(&chunk).is_ok() {}
@@ -430,7 +442,7 @@ mod tests {
         let (ours, mut guest) = pair();
         let mut stdio = Stdio::default();
         stdio.stdout = Some(ours);
-        let streams = Streams::connect(stdio, &Places::default(), None).unwrap();
+        let streams = Streams::connect(stdio, &Places::default(), None, || ()).unwrap();
         let writer = std::thread::spawn(move || while guest.write_all(&[b'x'; CHUNK]).is_ok() {});
 
         timeout(Duration::from_secs(10), streams.drain(IDLE))
@@ -447,7 +459,7 @@ mod tests {
         let (ours, mut guest) = pair();
         let mut stdio = Stdio::default();
         stdio.stdout = Some(ours);
-        let streams = Streams::connect(stdio, &Places::default(), None).unwrap();
+        let streams = Streams::connect(stdio, &Places::default(), None, || ()).unwrap();
         let idle = Duration::from_millis(20);
         let writer = std::thread::spawn(move || {
             while guest.write_all(b"x").is_ok() {
@@ -475,7 +487,7 @@ mod tests {
             stderr: format!("file://{}", log.display()),
             ..Places::default()
         };
-        let streams = Streams::connect(stdio, &places, None).unwrap();
+        let streams = Streams::connect(stdio, &places, None, || ()).unwrap();
         guest.write_all(b"line\n").unwrap();
         drop(guest);
 

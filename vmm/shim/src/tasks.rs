@@ -187,7 +187,9 @@ impl Tasks {
             let name = self.name("container");
             let stdin = !new.places.stdin.is_empty();
             let stdio = self.pod.create(&name, bundle, &new.mounts(), stdin).await?;
-            let streams = match self.connect(stdio, &new.places, &new.id).await {
+            let pod = Arc::clone(&self.pod);
+            let printed = move || pod.printed();
+            let streams = match self.connect(stdio, &new.places, &new.id, printed).await {
                 Ok(streams) => streams,
                 Err(error) => {
                     self.take_away(&name).await;
@@ -211,14 +213,20 @@ impl Tasks {
     }
 
     /// Connects a process's streams with what containerd names for them.
-    async fn connect(&self, stdio: Stdio, places: &Places, id: &str) -> Result<Streams, TaskError> {
+    async fn connect(
+        &self,
+        stdio: Stdio,
+        places: &Places,
+        id: &str,
+        printed: impl Fn() + Clone + Send + 'static,
+    ) -> Result<Streams, TaskError> {
         let logger = if is_logger(&places.stdout) {
             let namespace = self.events.namespace();
             Some(Logger::start(&self.host, &places.stdout, namespace, id).await?)
         } else {
             None
         };
-        Ok(Streams::connect(stdio, places, logger)?)
+        Ok(Streams::connect(stdio, places, logger, printed)?)
     }
 
     /// Starts a container, or a further process of it.
@@ -270,7 +278,7 @@ impl Tasks {
             return Ok(());
         };
         let stdio = self.pod.exec(handle, what).await?;
-        match self.connect(stdio, &process.places, id).await {
+        match self.connect(stdio, &process.places, id, || ()).await {
             Ok(streams) => {
                 streams.open_stdin()?;
                 process.set_streams(streams);

@@ -22,4 +22,5 @@ pub mod run;
 pub mod stop;
 pub mod supervise;
 pub mod template;
+pub mod timeline;
 pub mod wait;

@@ -166,7 +166,7 @@ async fn start(
             host: host.clone(),
             id: claim.dir.id().clone(),
         };
-        match Client::start(claim, manifest, &program, order.arguments()) {
+        match Client::start(claim, manifest, &program, order.arguments(), host.began) {
             Ok(client) => clients.push(client),
             Err(error) => failure = Some(error),
         }

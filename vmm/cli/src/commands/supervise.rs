@@ -56,6 +56,8 @@ impl Order {
             host: Host {
                 directories: Directories::new(run, data),
                 configuration: configuration.first().map(PathBuf::from),
+                // Its starter tells when the pod's start began.
+                began: 0,
             },
         })
     }
@@ -85,6 +87,7 @@ mod tests {
             host: Host {
                 directories: Directories::new("/run/hull", "/var/lib/hull"),
                 configuration: configuration.map(PathBuf::from),
+                began: 0,
             },
             id: PodId::try_from("0123456789abcdef".to_owned()).unwrap(),
         }

@@ -18,6 +18,7 @@ use hull_machine::channel::{Channel, ChannelError};
 use hull_machine::config::MachineConfig;
 use hull_machine::control::{Event, ExitReason, Request, SnapshotRefused};
 use hull_machine::jail::{self, JailError};
+use hull_machine::steps::Steps;
 use hull_machine::threads::{self, ConfineError};
 use hull_machine::vmm::{BuildError, Descriptors, Machine, StartError};
 use hull_machine::warnings;
@@ -164,9 +165,11 @@ fn tell_panics(control: Arc<Channel>) {
 
 /// From the first message to the machine's end. `None`: the supervisor is gone.
 fn serve(control: &Arc<Channel>) -> Result<Option<ExitReason>, VmmError> {
+    let mut steps = Steps::begin();
     let Some((config, descriptors)) = boot(control)? else {
         return Ok(None);
     };
+    steps.end("first message");
     let mut descriptors = Descriptors::new(descriptors);
     let roots: Vec<OwnedFd> = config
         .shares
@@ -177,17 +180,20 @@ fn serve(control: &Arc<Channel>) -> Result<Option<ExitReason>, VmmError> {
     let kept: Vec<_> = descriptors.remaining().collect();
     let shares = jail::enter(control, roots, &kept)?;
     drop(kept);
+    steps.end("jail");
     // This is the process's first logger, so that it can't fail.
     let _ = warnings::send_to(Arc::clone(control));
     let main_thread = threads::confine()?;
+    steps.end("system call filters");
     let mut machine = Machine::build(
         &config,
         descriptors,
         shares,
         tell_guest_connections(control),
+        &mut steps,
     )?;
     main_thread.confine()?;
-    control.send(&Event::Running, &[])?;
+    control.send(&Event::Running(steps.started()), &[])?;
     machine.start()?;
     attend(control, machine)
 }

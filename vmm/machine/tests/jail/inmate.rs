@@ -10,6 +10,7 @@ use std::sync::mpsc::{self, Sender};
 use hull_machine::channel::Channel;
 use hull_machine::control::{ConnectRefused, Event, ExitReason, Request};
 use hull_machine::jail;
+use hull_machine::steps::Started;
 use hull_machine::threads::{self, ThreadClass};
 use rustix::fs::{AtFlags, CWD, Gid, Mode, OFlags, StatxFlags, Uid};
 
@@ -73,7 +74,9 @@ pub fn run() -> ExitCode {
     let device = start(ThreadClass::Device, "device0", &control, None);
     let file_server = start(ThreadClass::FileSystem, "fs0", &control, Some(proc_self_fd));
     main_thread.confine().unwrap();
-    control.send(&Event::Running, &[]).unwrap();
+    control
+        .send(&Event::Running(Started::default()), &[])
+        .unwrap();
 
     while let Some((request, _)) = control.receive::<Request>().unwrap() {
         match request {

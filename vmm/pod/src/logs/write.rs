@@ -87,7 +87,7 @@ impl LogWriter {
     /// Copies until every stream has ended. Blocks; meant for a thread of its own. A disk that
     /// is slow stops the reading, and so in the end the container.
     ///
-    /// A full disk is waited for. `progress` counts the bytes that have been read.
+    /// A full disk is waited for. `progress` counts the bytes that have been read, `first` is called at the first.
     ///
     /// # Errors
     /// When the log can't be written. The streams are then closed, and the container gets EPIPE.
@@ -95,7 +95,9 @@ impl LogWriter {
         mut self,
         mut streams: Vec<(StreamName, OwnedFd)>,
         progress: &AtomicU64,
+        first: impl FnOnce(),
     ) -> io::Result<()> {
+        let mut first = Some(first);
         let mut chunk = vec![0u8; CHUNK];
         while !streams.is_empty() {
             let mut ready: Vec<PollFd<'_>> = streams
@@ -116,6 +118,9 @@ impl LogWriter {
                     Ok(0) => ended.push(n),
                     Ok(length) => {
                         progress.fetch_add(length as u64, Ordering::Relaxed);
+                        if let Some(first) = first.take() {
+                            first();
+                        }
                         self.write(*name, &chunk[..length])?;
                         self.copy_on(*name, &chunk[..length]);
                     }
@@ -328,7 +333,7 @@ mod tests {
             (StreamName::Stdout, out_read),
             (StreamName::Stderr, err_read),
         ];
-        log.copy(streams, &progress).unwrap();
+        log.copy(streams, &progress, || ()).unwrap();
 
         assert_eq!(progress.into_inner(), 8);
         assert_eq!(lines(root.path()), ["stdout F out", "stderr F err"]);

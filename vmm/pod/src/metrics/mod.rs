@@ -14,6 +14,7 @@ pub use calls::{CALL_BOUNDS, CallMetrics, Calls};
 pub use endpoint::{Endpoint, EndpointError, path as endpoint_path, shims};
 pub use meter::Meter;
 pub use process::ProcessMetrics;
+pub(crate) use process::cpu_time;
 
 /// Who manages a pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +32,17 @@ impl ProcessMetrics {
             proportional_bytes: field(&memory, "Pss:").ok_or_else(malformed)?,
         })
     }
+}
+
+/// What a process has used of processors since its start, in user and system mode.
+///
+/// # Errors
+/// When it is gone.
+pub fn cpu_time(pid: u32) -> io::Result<Duration> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    cpu_seconds(&stat, ticks_per_second())
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// So much of the mappings of these sizes is there: of a guest's memory, which nothing else in its process equals in

@@ -153,6 +153,12 @@ impl PodDir {
         self.run.join("events.jsonl")
     }
 
+    /// How the pod started.
+    #[must_use]
+    pub fn timeline(&self) -> PathBuf {
+        self.run.join(crate::timeline::FILE)
+    }
+
     #[must_use]
     pub fn socket(&self) -> PathBuf {
         self.run.join("supervisor.sock")

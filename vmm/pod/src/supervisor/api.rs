@@ -17,7 +17,10 @@ use crate::metrics::PodMetrics;
 pub enum Request {
     /// The starter's first message, on the supervisor's standard input. Attached: the pod's open
     /// lock file.
-    Start,
+    Start {
+        /// When the pod was asked for, on [`crate::timeline::now_micros`].
+        requested: u64,
+    },
     /// Answers [`Reply::Changed`] now and whenever `state.json` has changed.
     Follow,
     /// Ends the pod. [`Reply::Done`] says that it was heard; the end of the connection that it is
@@ -154,7 +157,7 @@ pub enum Refusal {
 
 impl Message for Request {
     fn descriptors(&self) -> usize {
-        usize::from(matches!(self, Self::Start))
+        usize::from(matches!(self, Self::Start { .. }))
     }
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hull_machine::client::{GuestConnection, Machine, NetSpec};
+use hull_machine::steps::Started;
 use hull_protocol::READY_PORT;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
@@ -189,6 +190,12 @@ impl Launched {
     #[must_use]
     pub fn pid(&self) -> Option<u32> {
         u32::try_from(self.machine.pid()).ok()
+    }
+
+    /// How it came to run.
+    #[must_use]
+    pub fn started(&self) -> &Started {
+        self.machine.started()
     }
 
     /// The template that the machine began with. None: it boots.

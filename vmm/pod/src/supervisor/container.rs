@@ -24,6 +24,7 @@ use crate::oci::{self, ContainerSpec};
 use crate::state::{ContainerState, Running, Terminated, Waiting};
 use crate::supervisor::api::Size;
 use crate::text::chain;
+use crate::timeline::Mark;
 use crate::volumes::Share;
 
 const SIGKILL: u32 = 9;
@@ -256,6 +257,8 @@ impl Container {
         if let Some(addresses) = pod.network.look_again().await? {
             pod.record.update(|status| status.set_addresses(&addresses));
         }
+        let timeline = pod.record.timeline();
+        let step = timeline.step("create container");
         let size = attachment.as_ref().and_then(|attachment| attachment.size);
         let tty = prepared.spec.tty.then(|| size.unwrap_or(TERMINAL));
         let stdio = pod.agent.open_stdio(prepared.spec.stdin, tty).await?;
@@ -267,13 +270,18 @@ impl Container {
                 &stdio,
             )
             .await?;
+        drop(step);
         let message = format!("created container {name}");
         pod.record
             .event(EventType::Normal, "Created", Some(name), &message);
         // The log reads before the process runs, so that it never waits for us.
         let log = LogWriter::create(&pod.record.dir().container_logs(name), restart)?;
-        let output = Output::copy(stdio, log, name, attachment).map_err(StartError::Log)?;
+        let output = Output::copy(stdio, log, name, attachment, timeline.clone())
+            .map_err(StartError::Log)?;
+        let step = timeline.step("start container");
         pod.agent.start_container(name).await?;
+        drop(step);
+        timeline.mark(Mark::Exec);
         Ok(output)
     }
 

@@ -51,6 +51,7 @@ use crate::manifest::PodManifest;
 use crate::networks::{Attachment, NetworkError};
 use crate::state::{Directories, PodId, StateError, read_record};
 use crate::text::chain;
+use crate::timeline::{Place, Recorder};
 use crate::volumes::VolumeError;
 use api::Request;
 use pause::Pause;
@@ -107,7 +108,13 @@ pub fn supervise(
     id: &PodId,
     configuration: Configuration,
 ) -> Result<(), SupervisorError> {
-    let (channel, lock) = take_over()?;
+    let Start {
+        channel,
+        lock,
+        requested,
+    } = take_over()?;
+    let recorder = Recorder::begin(Some(requested));
+    recorder.ended(Place::Hull, "check, claim and start", requested);
     // Never closed: who finds the lock free finds no supervisor.
     let _ = OwnedFd::from(lock).into_raw_fd();
     let host_mounts = File::open("/proc/thread-self/ns/mnt")
@@ -126,14 +133,22 @@ pub fn supervise(
         channel,
         host_mounts,
         maker,
+        recorder,
     ));
     // A log that waits for its disk must not hold up the end.
     runtime.shutdown_background();
     result
 }
 
+/// What a supervisor begins with.
+struct Start {
+    channel: Channel,
+    lock: File,
+    requested: u64,
+}
+
 /// Takes the starter's channel, and over it the pod's lock.
-fn take_over() -> Result<(Channel, File), SupervisorError> {
+fn take_over() -> Result<Start, SupervisorError> {
     let stdin = io::stdin();
     let channel = Channel::new(
         stdin
@@ -144,7 +159,7 @@ fn take_over() -> Result<(Channel, File), SupervisorError> {
     let null = File::open("/dev/null").map_err(io_error("opening /dev/null"))?;
     rustix::stdio::dup2_stdin(&null).map_err(|e| io_error("closing standard input")(e.into()))?;
     let received = channel.receive::<Request>();
-    let Ok(Some((Request::Start, mut descriptors))) = received else {
+    let Ok(Some((Request::Start { requested }, mut descriptors))) = received else {
         return Err(received
             .err()
             .map_or(SupervisorError::NotStarted, SupervisorError::from));
@@ -152,7 +167,11 @@ fn take_over() -> Result<(Channel, File), SupervisorError> {
     let lock = descriptors.pop().ok_or(SupervisorError::NotStarted)?;
     // Modes are meant as they are written, whatever the user's mask.
     rustix::process::umask(Mode::WGRP | Mode::WOTH);
-    Ok((channel, lock.into()))
+    Ok(Start {
+        channel,
+        lock: lock.into(),
+        requested,
+    })
 }
 
 async fn serve(
@@ -162,13 +181,15 @@ async fn serve(
     starter: Channel,
     host_mounts: OwnedFd,
     maker: Arc<Maker>,
+    recorder: Recorder,
 ) -> Result<(), SupervisorError> {
+    let beginning = recorder.step("begin");
     let dir = directories.pod(id);
     let manifest = read_manifest(&dir.manifest())?;
     let mut status = read_record(dir.clone())?.status;
     status.supervisor_pid = Some(std::process::id());
     status.network = Attachment::open(directories, &dir)?.map(|attachment| attachment.status());
-    let record = Arc::new(Record::new(dir.clone(), status)?);
+    let record = Arc::new(Record::new(dir.clone(), status, recorder.clone())?);
     let stop = Stop::new(manifest.termination_grace_period());
     let service = Arc::new(Service {
         record: Arc::clone(&record),
@@ -186,6 +207,8 @@ async fn serve(
     let first = Arc::clone(&service);
     tokio::spawn(async move { first.client(starter).await });
     tokio::spawn(stop_on_sigterm(stop.clone())?);
+    tokio::spawn(recorder.keep(dir.timeline()));
+    drop(beginning);
 
     Pod {
         directories: directories.clone(),

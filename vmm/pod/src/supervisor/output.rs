@@ -11,6 +11,7 @@ use tokio::time::timeout;
 use crate::agent::Stdio;
 use crate::logs::{LogWriter, StreamName};
 use crate::supervisor::api::Size;
+use crate::timeline::{Mark, Recorder};
 
 /// Somebody who is there from a container's first start to its end.
 #[derive(Debug)]
@@ -35,7 +36,7 @@ pub struct Output {
 }
 
 impl Output {
-    /// Copies on a thread of its own.
+    /// Copies on a thread of its own, and notes the first byte.
     ///
     /// # Errors
     /// When there are no more threads or descriptors.
@@ -44,6 +45,7 @@ impl Output {
         log: LogWriter,
         container: &str,
         attachment: Option<Attachment>,
+        timeline: Recorder,
     ) -> std::io::Result<Self> {
         let named: Vec<(StreamName, OwnedFd)> = [
             (StreamName::Stdout, stdio.stdout),
@@ -75,7 +77,8 @@ impl Output {
         std::thread::Builder::new()
             .name("log".into())
             .spawn(move || {
-                if let Err(error) = log.copy(named, &counter) {
+                let first = || timeline.mark(Mark::Output);
+                if let Err(error) = log.copy(named, &counter, first) {
                     tracing::error!(container, %error, "writing the container's log");
                 }
                 // Nobody waits any more when the pod has ended.
@@ -118,7 +121,7 @@ mod tests {
         let mut stdio = Stdio::default();
         stdio.stdout = Some(ours.into());
         (
-            Output::copy(stdio, log, "web", attachment).unwrap(),
+            Output::copy(stdio, log, "web", attachment, Recorder::begin(None)).unwrap(),
             theirs.into(),
             root,
         )

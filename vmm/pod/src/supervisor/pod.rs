@@ -34,6 +34,7 @@ use crate::network::VhostNet;
 use crate::oci;
 use crate::state::{ContainerState, Directories, Phase, PodStatus, Terminated, remove_tree};
 use crate::text::chain;
+use crate::timeline::Mark;
 use crate::volumes::{MemoryVolume, NetworkFacts, Share};
 
 /// So many lines of the console are kept with a failure. A panic with its call trace takes up to 80.
@@ -104,6 +105,7 @@ impl Pod {
             tracing::error!(error = chain(&error), "removing what is left of the pod");
         }
         self.conclude(&result, tail);
+        self.record.timeline().write(&self.record.dir().timeline());
     }
 
     /// The recipe.
@@ -112,8 +114,10 @@ impl Pod {
             "Preparing",
             "setting up network, volumes and root file systems",
         );
+        let opening = self.record.timeline().step("share and network namespace");
         let installation = Installation::find(&self.configuration)?;
         let (share, network) = self.open().await?;
+        drop(opening);
         let nets = network.devices(self.manifest.bandwidth());
         let network = Arc::new(Mutex::new(network));
         // On the host, while the machine boots.
@@ -142,7 +146,11 @@ impl Pod {
         let facts = network.lock().await.facts().clone();
         let taps = work.begin({
             let network = Arc::clone(network);
-            move || network.blocking_lock().connect()
+            let timeline = self.record.timeline().clone();
+            move || {
+                let _step = timeline.step("network");
+                network.blocking_lock().connect()
+            }
         });
         let started = async {
             let launched = self.launch(installation, share, nets, console).await?;
@@ -197,6 +205,7 @@ impl Pod {
         console: &mut Option<Console>,
     ) -> Result<Launched, PodFailure> {
         self.progress("Booting", "starting the machine");
+        let step = self.record.timeline().step("launch");
         let (reader, pipe) = Console::open(&self.record.dir().console())?;
         *console = Some(reader);
         let boot = Boot {
@@ -217,6 +226,8 @@ impl Pod {
             )?,
         };
         let launched = boot.launch().await?;
+        let timeline = self.record.timeline();
+        timeline.machine(&step, launched.started(), launched.pid());
         self.record.update(|status| {
             status.vmm_pid = launched.pid();
             status.template = launched.template().map(str::to_owned);
@@ -233,7 +244,9 @@ impl Pod {
         taps: Outcome<Vec<(u8, TapDescriptors)>>,
     ) -> Result<(Guest, Ground), PodFailure> {
         let met = async {
+            let booted = launched.template().is_none();
             let (guest, info) = launched.meet().await?;
+            self.record.timeline().guest(&info.clock, booted);
             self.record.update(|status| {
                 status.guest_kernel = Some(info.kernel_release);
                 status.agent_version = Some(info.agent_version);
@@ -244,12 +257,18 @@ impl Pod {
         };
         // The first of them that fails is the one to tell: nobody waits for the guest when an image is missing.
         let (guest, ground, taps) = tokio::try_join!(met, ground.wait(), taps.wait())?;
+        let timeline = self.record.timeline();
+        let step = timeline.step("infra");
         let infra = oci::infra(&self.manifest);
         guest.start_infra(&infra, &ground.memory_volumes).await?;
+        drop(step);
+        timeline.mark(Mark::Infra);
         self.record
             .event(EventType::Normal, "InfraStarted", None, "started infra");
+        let step = timeline.step("guest's network");
         let network = network.lock().await;
         guest.connect_network(&infra, &network, taps).await?;
+        drop(step);
         // As the next.
         let _ = self.service.meter.set(Arc::new(guest.meter(&network)?));
         // It can be set but once, and this runs but once.
@@ -271,6 +290,7 @@ impl Pod {
         let data = self.directories.data().to_owned();
         let share = Arc::clone(share);
         move || {
+            let _step = record.timeline().step("mounts");
             let store = Store::open(&data)?;
             let memory_volumes = share.bind_volumes(&manifest)?;
             share.write_etc(&manifest, &network)?;

@@ -6,6 +6,7 @@ use tokio::sync::watch;
 
 use crate::events::{EventLog, EventType};
 use crate::state::{ContainerState, ContainerStatus, PodDir, PodStatus, StateError, write_status};
+use crate::timeline::Recorder;
 
 /// A pod's status and events. Its locks are held for no longer than a small file is written.
 #[derive(Debug)]
@@ -14,12 +15,13 @@ pub struct Record {
     status: Mutex<PodStatus>,
     events: Mutex<EventLog>,
     changes: watch::Sender<u64>,
+    timeline: Recorder,
 }
 
 impl Record {
     /// # Errors
     /// When the files can't be written.
-    pub fn new(dir: PodDir, status: PodStatus) -> Result<Self, StateError> {
+    pub fn new(dir: PodDir, status: PodStatus, timeline: Recorder) -> Result<Self, StateError> {
         let events = EventLog::open(&dir)?;
         write_status(&dir, &status)?;
         Ok(Self {
@@ -27,12 +29,19 @@ impl Record {
             status: Mutex::new(status),
             events: Mutex::new(events),
             changes: watch::Sender::new(0),
+            timeline,
         })
     }
 
     #[must_use]
     pub fn dir(&self) -> &PodDir {
         &self.dir
+    }
+
+    /// Where the pod's start is noted.
+    #[must_use]
+    pub fn timeline(&self) -> &Recorder {
+        &self.timeline
     }
 
     /// Looks at the status.

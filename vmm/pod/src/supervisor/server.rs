@@ -129,7 +129,7 @@ impl Service {
                     }
                     Err(refused) => refused,
                 },
-                Request::Start | Request::Resize(_) => Reply::Refused {
+                Request::Start { .. } | Request::Resize(_) => Reply::Refused {
                     kind: Refusal::Failed,
                     message: "this connection is not one for that".into(),
                 },
@@ -256,6 +256,7 @@ mod tests {
     use crate::configuration::Configuration;
     use crate::state::{Claim, ContainerStatus, Directories, Phase, Registry};
     use crate::supervisor::api::{Exec, Join};
+    use crate::timeline::Recorder;
 
     /// A pod whose machine is not up, and a client of it.
     fn pod() -> (tempfile::TempDir, Arc<Service>, Client, std::fs::File) {
@@ -267,7 +268,7 @@ mod tests {
             .claim("web", "Always", vec![], containers, None)
             .unwrap();
         let listener = Listener::bind(&dir.socket()).unwrap();
-        let record = Arc::new(Record::new(dir.clone(), status).unwrap());
+        let record = Arc::new(Record::new(dir.clone(), status, Recorder::begin(None)).unwrap());
         let stop = Stop::new(Duration::from_secs(30));
         let service = Arc::new(Service {
             pause: Arc::new(Pause::new(Arc::clone(&record), stop.clone())),

@@ -16,6 +16,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use hull_machine::channel::{AsyncChannel, Channel};
 use hull_machine::control::{Event, ExitReason, MemoryRefused, Request};
+use hull_machine::steps::Started;
 use hull_protocol::agent::*;
 use hull_protocol::agent_ttrpc::{Agent, create_agent};
 use hull_protocol::{AGENT_PORT, READY_PORT, STREAM_MAGIC};
@@ -170,7 +171,10 @@ impl Machine {
     }
 
     async fn run(mut self) {
-        self.control.send(&Event::Running, &[]).await.unwrap();
+        self.control
+            .send(&Event::Running(Started::default()), &[])
+            .await
+            .unwrap();
         let (ours, theirs) = StdUnixStream::pair().unwrap();
         let hello = Event::GuestConnection { port: READY_PORT };
         self.control.send(&hello, &[theirs.as_fd()]).await.unwrap();

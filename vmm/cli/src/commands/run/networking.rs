@@ -118,6 +118,7 @@ mod tests {
         let host = Host {
             directories: Directories::new("/nonexistent/run", "/nonexistent/data"),
             configuration: None,
+            began: 0,
         };
         match Networking::check(&args, &manifests, &host) {
             Err(Failure::Input(message)) => message,

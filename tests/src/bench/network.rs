@@ -1,13 +1,7 @@
-//! Measures a pod's network against its peers on one bridge, interleaved, and prints ratios.
-//!
-//! Run by `scripts/bench network`, which installs the peers. Every contender serves at the same time,
-//! and the host is the client of one after another.
+//! A pod's network against its peers on one bridge. Every contender serves at the same time, and the host is the client
+//! of one after another.
 
-#![allow(
-    clippy::expect_used,
-    clippy::unwrap_used,
-    reason = "a benchmark reports by panicking"
-)]
+#![allow(clippy::unwrap_used, reason = "a benchmark reports by panicking")]
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -16,13 +10,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use hull_tests::eventually;
-use hull_tests::hull::{Hull, assert_success, target};
-use hull_tests::pod::Pod;
-use hull_tests::series::{Series, print};
 use serde_json::Value;
 
-const ROUNDS: usize = 5;
+use super::options::Options;
+use super::report::{Report, Table};
+use super::series::{Contender as Measured, interleave};
+use crate::eventually;
+use crate::hull::{Hull, assert_success, target};
+use crate::pod::Pod;
+
 /// Each measurement, in seconds.
 const SECONDS: &str = "2";
 /// The last of the network's addresses, which it gives to pods last.
@@ -285,7 +281,9 @@ const MEASURES: [(&str, &str, Measure); 8] = [
     }),
 ];
 
-fn main() {
+/// # Panics
+/// When something doesn't serve.
+pub fn measure(options: &Options, report: &mut Report) {
     let hull = Hull::without_images();
     let dir = hull.work_dir().to_owned();
     let root = root(&dir);
@@ -328,12 +326,11 @@ podman save --output ../image.tar localhost/bench-network",
     }
 
     for (title, unit, measure) in MEASURES {
-        let mut series: Vec<Series> = contenders.iter().map(|c| Series::new(c.name)).collect();
-        for _ in 0..ROUNDS {
-            for (one, series) in contenders.iter().zip(&mut series) {
-                series.add(measure(&one.address));
-            }
-        }
-        print(title, unit, &series);
+        let measured = contenders
+            .iter()
+            .map(|one| Measured::new(one.name, move |_| measure(&one.address)))
+            .collect();
+        let rows = interleave(options.rounds(), false, measured);
+        report.add(Table::new(title, unit, rows));
     }
 }
