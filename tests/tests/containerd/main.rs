@@ -13,5 +13,6 @@ mod options;
 mod pods;
 mod sandboxes;
 mod tasks;
+mod templates;
 mod terminal;
 mod wrong;
