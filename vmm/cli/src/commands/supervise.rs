@@ -89,7 +89,7 @@ mod tests {
                 configuration: configuration.map(PathBuf::from),
                 began: 0,
             },
-            id: PodId::try_from("0123456789abcdef".to_owned()).unwrap(),
+            id: PodId::try_from("0123456789ab".to_owned()).unwrap(),
         }
     }
 
