@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::boot::initramfs;
+use super::boot::{distributions_kernel, initramfs};
 use super::build::Build;
 use super::firecracker::Snapshot;
 use super::memory;
@@ -32,7 +32,7 @@ pub fn measure(options: &Options, builds: &[Build], report: &mut Report) {
     let firecracker = given("HULL_BENCH_FIRECRACKER").map(|program| {
         let init = format!("while :; do echo {LINE}; done");
         let initramfs = initramfs(&dir, &init);
-        let kernel = own.guest.join("vmlinux");
+        let kernel = distributions_kernel();
         Snapshot::take(&program, &dir, &kernel, &initramfs, LINE)
     });
     let mut contenders = vec![match &firecracker {
