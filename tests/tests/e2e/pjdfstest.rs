@@ -94,12 +94,13 @@ chmod +x root/init
 (cd root && find . | cpio --quiet -o -H newc) > initramfs.cpio
 /usr/lib/qemu/virtiofsd --socket-path="$PWD/fs.sock" -o source="$PWD/share" -o xattr -o cache=auto > virtiofsd.log 2>&1 &
 server=$!
-until [ -S fs.sock ]; do kill -0 $server; sleep 0.1; done
-timeout 600 qemu-system-x86_64 -M q35 -accel kvm -cpu host -m 512 \
-  -object memory-backend-memfd,id=memory,size=512M,share=on -numa node,memdev=memory \
+until [ -S fs.sock ]; do kill -0 $server; /bin/sleep 0.1; done
+timeout 600 qemu-system-x86_64 -M microvm,pcie=on,pic=off,pit=off,rtc=off,memory-backend=memory \
+  -accel kvm -cpu host -m 512 -object memory-backend-memfd,id=memory,size=512M,share=on \
   -chardev socket,id=fs,path=fs.sock -device vhost-user-fs-pci,chardev=fs,tag=share \
-  -kernel "$HULL_GUEST_DIR/vmlinux" -initrd initramfs.cpio -append 'console=ttyS0 quiet' \
-  -display none -serial stdio -no-reboot < /dev/null
+  -kernel "$HULL_GUEST_DIR/vmlinux" -initrd initramfs.cpio -append 'console=hvc0 quiet panic=-1' \
+  -nodefaults -no-user-config -device virtio-serial-pci -chardev stdio,id=console \
+  -device virtconsole,chardev=console -display none -no-reboot < /dev/null
 wait $server || true"#;
     let output = Command::new("sh")
         .args(["-c", script])
