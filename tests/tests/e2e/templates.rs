@@ -212,7 +212,7 @@ fn a_pod_of_another_size_has_another_template() {
 
 #[test]
 fn many_clones_start_at_once() {
-    /// 50 take the lab, which has one processor, a minute or two.
+    /// As many as the lab, which has one processor, starts in a minute.
     const DEFAULT: usize = 12;
     let count = std::env::var("HULL_TEST_CLONES").map_or(DEFAULT, |text| {
         text.parse().expect("HULL_TEST_CLONES is a number")
