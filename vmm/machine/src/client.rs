@@ -8,6 +8,7 @@
 
 mod answers;
 mod spec;
+mod written;
 
 use std::convert::Infallible;
 use std::io;
@@ -32,6 +33,7 @@ use crate::control::{
     AddedMemory, ConnectRefused, DiskRefused, Event, ExitReason, MemoryRefused, PlugRefused,
     Request, SnapshotRefused,
 };
+use crate::memory::working_set::PageRange;
 use crate::steps::Started;
 use crate::warnings::WARNING_CHARS;
 
@@ -381,6 +383,15 @@ impl Machine {
         let files = [files.state.as_fd(), files.memory.as_fd()];
         let taken = self.ask(pending, &request, &files).await?;
         taken.map_err(SnapshotError::Refused)
+    }
+
+    /// The pages of its memory file that a restored machine has written to so far, as [`MachineSpec::working_set`] takes
+    /// them. Blocking: a millisecond for each GiB.
+    ///
+    /// # Errors
+    /// When the kernel doesn't tell, or the process is gone.
+    pub fn written_pages(&self, memory: BorrowedFd<'_>) -> io::Result<Vec<PageRange>> {
+        written::written_pages(self.pid, memory)
     }
 
     /// Lets the guest's processors go on. Done again, it does nothing.

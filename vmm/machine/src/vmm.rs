@@ -48,8 +48,7 @@ use crate::kvm::state::{ClockState, KvmState, VcpuState};
 use crate::kvm::vcpu::{Created, Mmio, Running, States, Vcpu};
 use crate::kvm::vm::{KvmError, Vm};
 use crate::layout::{PCI_MMIO64_SIZE, pci_mmio64_start};
-use crate::memory::GuestRam;
-use crate::memory::{self, MemoryError};
+use crate::memory::{self, GuestRam, MemoryError, working_set};
 use crate::pci::{PciError, PciRoot, RestoreBusError};
 use crate::snapshot::format::ReadError;
 use crate::snapshot::{self, MachineState, SnapshotError};
@@ -240,6 +239,14 @@ impl Machine {
             cpuid,
         } = created;
         steps.end("processors");
+        if let Start::Snapshot { working_set, .. } = &config.start
+            && let Some(first) = vcpus.first()
+        {
+            let runs = working_set::runs(&memory, working_set);
+            working_set::copy(&runs);
+            first.map_ahead(&runs);
+            steps.end("working set");
+        }
         let mut off = Vec::new();
         let mut memory_mib = config.memory_mib;
         if let Some(state) = state.take() {
@@ -497,7 +504,7 @@ fn load_memory(
 ) -> Result<(GuestRam, Option<MachineState>), BuildError> {
     match config.start {
         Start::Boot(_) => Ok((memory::allocate(config.memory_mib)?, None)),
-        Start::Snapshot { state, memory } => {
+        Start::Snapshot { state, memory, .. } => {
             let state = snapshot::format::read(descriptors.take(state)?.as_fd())?;
             let file = descriptors.take(memory)?;
             if state.memory_device_mib != config.memory_device_mib {

@@ -8,9 +8,12 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
-use kvm_bindings::kvm_cpuid_entry2;
+use kvm_bindings::{KVMIO, kvm_cpuid_entry2, kvm_pre_fault_memory};
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use vm_memory::GuestAddress;
+use vm_memory::{Address, GuestAddress};
+use vmm_sys_util::errno;
+use vmm_sys_util::ioctl::ioctl_with_mut_ref;
+use vmm_sys_util::ioctl_iowr_nr;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::cpuid::{self, Processors};
@@ -21,7 +24,11 @@ use super::vm::{KvmError, Vm, call};
 use super::{ports, registers};
 use crate::control::ExitReason;
 use crate::memory::GuestRam;
+use crate::memory::working_set::Run;
 use crate::threads::{self, ThreadClass};
+
+// KVM_PRE_FAULT_MEMORY, Linux 6.11; kvm-ioctls doesn't have it.
+ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, KVMIO, 0xd5, kvm_pre_fault_memory);
 
 /// What a processor finds at addresses without RAM.
 pub trait Mmio: Send + Sync + std::fmt::Debug {
@@ -143,6 +150,28 @@ impl Vcpu {
         self.fd
             .set_regs(&registers::pvh_general(entry))
             .map_err(call("KVM_SET_REGS"))
+    }
+
+    /// Has KVM map memory for the guest before it is accessed. A kernel that can't leaves it to the guest's accesses.
+    pub fn map_ahead(&self, runs: &[Run]) {
+        for run in runs {
+            let mut wanted = kvm_pre_fault_memory {
+                gpa: run.guest.raw_value(),
+                size: run.size as u64,
+                ..Default::default()
+            };
+            // What is done is taken off; a signal or a change of memory ends a call in the middle.
+            while wanted.size > 0 {
+                // SAFETY: the kernel reads and writes the structure only, and maps guest RAM as the guest's own
+                // accesses would.
+                let result =
+                    unsafe { ioctl_with_mut_ref(&self.fd, KVM_PRE_FAULT_MEMORY(), &mut wanted) };
+                let again = matches!(errno::Error::last().errno(), libc::EINTR | libc::EAGAIN);
+                if result < 0 && !again {
+                    return;
+                }
+            }
+        }
     }
 
     /// Runs it on a thread of its own until the machine ends, while the gate is open. Asked at the gate, it tells
