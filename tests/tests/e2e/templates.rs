@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use hull_tests::hull::{Hull, assert_success};
@@ -12,6 +13,8 @@ use hull_tests::{eventually, scaled};
 const SECOND: Duration = Duration::from_secs(1);
 /// For a template to be made, beside others.
 const LIMIT: Duration = Duration::from_secs(60);
+/// Bytes of one of the guest's.
+const PAGE: usize = 4096;
 
 fn manifest(name: &str) -> String {
     format!(
@@ -175,6 +178,91 @@ fn a_template_that_is_no_good_is_passed_over_and_made_anew() {
         assert_eq!(again, id);
         drop(pod);
         let _ = hull.ok(["template", "rm", "--all"]);
+    }
+}
+
+/// Has a template's description be of its memory file as that is now.
+fn make_known(directory: &Path) {
+    let place = directory.join("template.json");
+    let text = fs::read(&place).expect("a description");
+    let mut description: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+    let memory = fs::metadata(directory.join("memory")).expect("a memory file");
+    let nanoseconds = |seconds, rest| seconds * 1_000_000_000 + rest;
+    description["memory"]["modified"] = nanoseconds(memory.mtime(), memory.mtime_nsec()).into();
+    description["memory"]["changed"] = nanoseconds(memory.ctime(), memory.ctime_nsec()).into();
+    fs::write(place, description.to_string()).expect("it can be written");
+}
+
+/// The pages of all programs in the guest's first file system, as they lie in its memory.
+fn program_pages() -> BTreeSet<Vec<u8>> {
+    let image = std::env::var_os("HULL_GUEST_DIR").expect("HULL_GUEST_DIR");
+    let archive = fs::read(Path::new(&image).join("initramfs.cpio")).expect("an initramfs");
+    let magic = b"\x7fELF\x02\x01\x01";
+    let starts = (0..archive.len()).filter(|start| archive[*start..].starts_with(magic));
+    let pages = starts.flat_map(|start| archive[start..].chunks_exact(PAGE));
+    let pages = pages.filter(|page| page.iter().any(|byte| *byte != 0));
+    pages.map(<[u8]>::to_vec).collect()
+}
+
+#[test]
+fn a_clone_that_does_not_answer_gives_way_to_a_machine_that_boots() {
+    /// Instructions: one that does nothing, and one that jumps to itself.
+    const NOTHING: u8 = 0x90;
+    const FOREVER: [u8; 2] = [0xEB, 0xFE];
+    for damage in ["ends", "hangs"] {
+        let hull = Hull::new().with_templates();
+        let id = create(&hull);
+        let directory = directory(&hull, &id);
+        let memory = directory.join("memory");
+        let file = fs::File::options()
+            .read(true)
+            .write(true)
+            .open(&memory)
+            .unwrap();
+        if damage == "ends" {
+            let size = file.metadata().unwrap().len();
+            file.set_len(0).unwrap();
+            file.set_len(size).unwrap();
+        } else {
+            let programs = program_pages();
+            // Wherever it goes on.
+            let mut forever = vec![NOTHING; PAGE - FOREVER.len()];
+            forever.extend(FOREVER);
+            let (mut page, mut found) = (vec![0; PAGE], 0);
+            let mut at = 0;
+            while file.read_exact_at(&mut page, at).is_ok() {
+                if programs.contains(&page) {
+                    file.write_all_at(&forever, at).unwrap();
+                    found += 1;
+                }
+                at += PAGE as u64;
+            }
+            assert!(found > 0, "no page of a program is in memory");
+        }
+        make_known(&directory);
+        assert_eq!(current(&hull), [id.as_str()], "{damage}");
+
+        let manifest = hull.manifest("web.yaml", &manifest("web"));
+        let mut run = hull.command(["run", "-d"]);
+        // A clone has half of it.
+        let run = run.env("HULL_AGENT_TIMEOUT", "60").arg(manifest).output();
+        assert_success(&run.expect("hull is on PATH"), damage);
+        let pod = Pod::running(&hull, "web");
+
+        assert_eq!(template(&pod), None, "{damage}");
+        let events = hull.ok(["events", "web"]);
+        let why = match damage {
+            "ends" => "the machine ended",
+            _ => "was not ready after 30 s",
+        };
+        let told = |line: &str| line.contains("TemplateRemoved") && line.contains(why);
+        assert!(events.lines().any(told), "{damage}: {events}");
+        // It has all that a pod has, of what the clone would have had.
+        let address = pod.addresses()[0].to_string();
+        assert_eq!(says(&hull, "web", "hostname -i"), address);
+        let volume = "echo x > /data/x; cat /data/x";
+        assert_eq!(says(&hull, "web", volume), "x");
+        assert_ne!(current(&hull), [id.as_str()], "{damage}");
     }
 }
 

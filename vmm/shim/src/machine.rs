@@ -14,7 +14,7 @@ use hull_pod::metrics::Meter;
 use hull_pod::network::{Namespace, VhostNet};
 use hull_pod::supervisor::api::{Exec, Size};
 use hull_pod::supervisor::{
-    Boot, Console, Guest, HostNetwork, Inserted, Installation, Limits, MAX_SLOTS, Maker,
+    Boot, Console, Guest, HostNetwork, Inserted, Installation, Limits, MAX_SLOTS, Maker, Met,
     PodFailure, PodNetwork, Queues, Recipe, Shelf,
 };
 use hull_pod::text::chain;
@@ -200,13 +200,26 @@ impl MachinePod {
                 host.blocking_lock().connect()
             }
         });
-        let template = launched.template().map(str::to_owned);
-        let (guest, info) = launched.meet().await?;
-        timeline.guest(&info.clock, template.is_none());
+        let met = match launched.meet().await? {
+            // Nothing is in the share yet: the second machine gets what the first had.
+            Met::Rejected(clone) => {
+                let launch = timeline.step("launch");
+                let launched = clone.boot().await?;
+                timeline.machine(&launch, launched.started(), launched.pid());
+                drop(launch);
+                launched.meet().await?
+            }
+            answered => answered,
+        };
+        let Met::Answered(met) = met else {
+            return Err(PodFailure::AgentLost.into());
+        };
+        let (guest, info) = *met;
+        timeline.guest(&info.clock, guest.template().is_none());
         tracing::info!(
             kernel = info.kernel_release,
             agent = info.agent_version,
-            template,
+            template = guest.template(),
             "the guest is up"
         );
         let step = timeline.step("infra");

@@ -1,12 +1,13 @@
 //! Starting a machine: by booting it, or as a clone of a template.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hull_machine::client::{GuestConnection, Machine, NetSpec};
+use hull_machine::client::{GuestConnection, Machine, NetSpec, SnapshotFiles};
 use hull_machine::steps::Started;
 use hull_protocol::READY_PORT;
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
@@ -56,45 +57,140 @@ impl Boot<'_> {
     /// # Errors
     /// When a file of Hull's own, KVM or `hull-vmm` says no.
     pub async fn launch(self) -> Result<Launched, PodFailure> {
+        let plain = Plain {
+            recipe: self.recipe,
+            console: self.console,
+            share: self
+                .share
+                .root()
+                .try_clone_to_owned()
+                .map_err(open("the share"))?,
+        };
         let Some(shelf) = self.shelf else {
-            return self.recipe.boot(self.console, self.share.root()).await;
+            return plain.boot().await;
         };
-        let kind = self.recipe.kind(shelf.tenant.clone())?;
-        let why = match shelf.templates.find(&kind) {
-            Ok(Some(files)) => {
-                let console = self.console.try_clone().map_err(open("the console"))?;
-                let begin = Begin::Clone(files);
-                let launched = self.recipe.launch(begin, console, self.share.root()).await;
-                match launched {
-                    Err(PodFailure::Launch(error)) => Some(chain(&error)),
-                    launched => {
-                        return Ok(Launched {
-                            template: Some(kind.id()),
-                            ..launched?
-                        });
-                    }
+        let kind = plain.recipe.kind(shelf.tenant.clone())?;
+        match shelf.templates.find(&kind) {
+            Ok(Some(template)) => {
+                Candidate {
+                    plain,
+                    created_at: template.created_at,
+                    kind,
+                    shelf,
                 }
+                .launch(template.files)
+                .await
             }
-            Ok(None) => None,
-            Err(error) => Some(chain(&error)),
-        };
-        if let Some(why) = why {
-            let id = kind.id();
-            tracing::warn!(
-                id,
-                why,
-                "no machine can begin with a template; it is removed"
-            );
-            if let Err(error) = shelf.templates.remove(&id) {
-                tracing::warn!(error = chain(&error), "removing a template");
+            Ok(None) => {
+                let wanted = shelf.wanted(plain.recipe.clone(), kind);
+                Ok(Launched {
+                    wanted: Some(wanted),
+                    ..plain.boot().await?
+                })
+            }
+            Err(error) => {
+                let why = chain(&error);
+                if let Err(error) = shelf.templates.remove(&kind.id()) {
+                    tracing::warn!(error = chain(&error), "removing a template");
+                }
+                plain.boot_instead(shelf, kind, why).await
             }
         }
+    }
+}
+
+/// What a machine boots with that begins with no template.
+#[derive(Debug)]
+struct Plain {
+    recipe: Recipe,
+    console: OwnedFd,
+    share: OwnedFd,
+}
+
+impl Plain {
+    async fn boot(self) -> Result<Launched, PodFailure> {
+        self.recipe.boot(self.console, self.share.as_fd()).await
+    }
+
+    /// Boots, because a template was no good, which is gone by now.
+    async fn boot_instead(
+        self,
+        shelf: Shelf,
+        kind: Kind,
+        why: String,
+    ) -> Result<Launched, PodFailure> {
+        let id = kind.id();
+        tracing::warn!(id, why, "a template is no good, and removed");
         let wanted = shelf.wanted(self.recipe.clone(), kind);
-        let launched = self.recipe.boot(self.console, self.share.root()).await?;
         Ok(Launched {
+            passed_over: Some(why),
             wanted: Some(wanted),
-            ..launched
+            ..self.boot().await?
         })
+    }
+}
+
+/// A clone that has not answered yet: what is needed to do without it.
+#[derive(Debug)]
+struct Candidate {
+    plain: Plain,
+    shelf: Shelf,
+    kind: Kind,
+    created_at: Timestamp,
+}
+
+impl Candidate {
+    async fn launch(self, files: SnapshotFiles) -> Result<Launched, PodFailure> {
+        let Plain {
+            recipe,
+            console,
+            share,
+        } = &self.plain;
+        let console = console.try_clone().map_err(open("the console"))?;
+        let begin = Begin::Clone(files);
+        match recipe.launch(begin, console, share.as_fd()).await {
+            Err(PodFailure::Launch(error)) => {
+                let rejected = self.reject(chain(&error));
+                rejected.boot().await
+            }
+            launched => Ok(Launched {
+                template: Some(self.kind.id()),
+                candidate: Some(Box::new(self)),
+                ..launched?
+            }),
+        }
+    }
+
+    /// Removes the template.
+    fn reject(self, why: String) -> Rejected {
+        let discarded = (self.shelf.templates).discard(&self.kind.id(), self.created_at);
+        if let Err(error) = discarded {
+            tracing::warn!(error = chain(&error), "removing a template");
+        }
+        Rejected {
+            candidate: self,
+            why,
+        }
+    }
+}
+
+/// A clone that was no good. It is gone, and its template, too.
+#[derive(Debug)]
+pub struct Rejected {
+    candidate: Candidate,
+    why: String,
+}
+
+impl Rejected {
+    /// Boots a machine in its place, with all that was for the clone.
+    ///
+    /// # Errors
+    /// As [`Boot::launch`].
+    pub async fn boot(self) -> Result<Launched, PodFailure> {
+        let Candidate {
+            plain, shelf, kind, ..
+        } = self.candidate;
+        plain.boot_instead(shelf, kind, self.why).await
     }
 }
 
@@ -167,6 +263,8 @@ impl Recipe {
             size: self.size,
             begun,
             template: None,
+            passed_over: None,
+            candidate: None,
             wanted: None,
         })
     }
@@ -182,7 +280,19 @@ pub struct Launched {
     size: MachineSize,
     begun: Instant,
     template: Option<String>,
+    /// Why it is no clone, although there was a template.
+    passed_over: Option<String>,
+    /// None: it boots.
+    candidate: Option<Box<Candidate>>,
     wanted: Option<Wanted>,
+}
+
+/// What became of a machine that was to answer.
+#[derive(Debug)]
+pub enum Met {
+    Answered(Box<(Guest, GuestInfo)>),
+    /// A clone that did not, or not as an agent does. Never of a machine that has booted.
+    Rejected(Box<Rejected>),
 }
 
 impl Launched {
@@ -204,13 +314,35 @@ impl Launched {
         self.template.as_deref()
     }
 
-    /// Waits until the agent has answered.
+    /// Why the machine boots although there was a template.
+    #[must_use]
+    pub fn passed_over(&self) -> Option<&str> {
+        self.passed_over.as_deref()
+    }
+
+    /// Waits until the agent has answered. A clone has half of the time that a machine has to boot: should it come to
+    /// nothing, then one can still boot in its place.
     ///
     /// # Errors
-    /// When it doesn't in time, or the machine ends.
-    pub async fn meet(self) -> Result<(Guest, GuestInfo), PodFailure> {
+    /// When a machine that boots doesn't answer in time, or ends.
+    pub async fn meet(mut self) -> Result<Met, PodFailure> {
         let vcpus = self.size.vcpus;
-        self.meet_with(vcpus).await
+        let answered = |met| Met::Answered(Box::new(met));
+        let Some(candidate) = self.candidate.take() else {
+            return Ok(answered(self.meet_with(vcpus).await?));
+        };
+        let machine = Arc::clone(&self.machine);
+        let (limit, end) = (self.limits.agent_ready / 2, self.limits.end);
+        let met = timeout(limit, self.meet_with(vcpus)).await;
+        match met.unwrap_or(Err(PodFailure::AgentNotReady(limit))) {
+            Ok(met) => Ok(answered(met)),
+            Err(failure) => {
+                machine.kill();
+                // What it has of the pod's memory is to be free again.
+                let _ = timeout(end, machine.wait()).await;
+                Ok(Met::Rejected(Box::new(candidate.reject(chain(&failure)))))
+            }
+        }
     }
 
     /// The same, with this many processors that run. 0: as many as the kernel booted with.
@@ -223,7 +355,9 @@ impl Launched {
             size,
             begun,
             wanted,
-            template: _,
+            template,
+            passed_over: _,
+            candidate: _,
         } = self;
         let alive = agent_ready(&machine, connections, limits.agent_ready).await?;
         let agent = Agent::connect(Arc::<Machine>::clone(&machine), limits.call).await?;
@@ -241,6 +375,7 @@ impl Launched {
             end: limits.end,
             size,
             boot: begun.elapsed(),
+            template,
             wanted,
         };
         Ok((guest, info))

@@ -33,6 +33,8 @@ pub struct Guest {
     pub(super) size: MachineSize,
     /// From its start to the agent's answer.
     pub(super) boot: Duration,
+    /// The id of the template that it is a clone of.
+    pub(super) template: Option<String>,
     /// A template of its kind, if there was none and there should be.
     pub(super) wanted: Option<Wanted>,
 }
@@ -51,6 +53,12 @@ impl Guest {
     #[must_use]
     pub fn agent(&self) -> &Agent {
         &self.agent
+    }
+
+    /// The template that the machine began with. None: it booted.
+    #[must_use]
+    pub fn template(&self) -> Option<&str> {
+        self.template.as_deref()
     }
 
     /// Makes the pod's namespaces. Once.

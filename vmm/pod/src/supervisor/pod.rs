@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use tokio::sync::{Mutex, oneshot};
 use tokio::task::JoinSet;
 
-use super::boot::{Boot, Launched, Recipe};
+use super::boot::{Boot, Launched, Met, Recipe, Rejected};
 use super::console::Console;
 use super::container::{Container, Prepared, Role};
 use super::failure::PodFailure;
@@ -34,7 +34,7 @@ use crate::network::VhostNet;
 use crate::oci;
 use crate::state::{ContainerState, Directories, Phase, PodStatus, Terminated, remove_tree};
 use crate::text::chain;
-use crate::timeline::Mark;
+use crate::timeline::{Mark, RunningStep};
 use crate::volumes::{MemoryVolume, NetworkFacts, Share};
 
 /// So many lines of the console are kept with a failure. A panic with its call trace takes up to 80.
@@ -226,13 +226,23 @@ impl Pod {
             )?,
         };
         let launched = boot.launch().await?;
+        self.note_machine(&step, &launched);
+        Ok(launched)
+    }
+
+    /// Writes down which machine is the pod's now.
+    fn note_machine(&self, launch: &RunningStep, launched: &Launched) {
         let timeline = self.record.timeline();
-        timeline.machine(&step, launched.started(), launched.pid());
+        timeline.machine(launch, launched.started(), launched.pid());
         self.record.update(|status| {
             status.vmm_pid = launched.pid();
             status.template = launched.template().map(str::to_owned);
         });
-        Ok(launched)
+        if let Some(why) = launched.passed_over() {
+            let message = format!("a template was no good, and is removed: {why}");
+            self.record
+                .event(EventType::Warning, "TemplateRemoved", None, &message);
+        }
     }
 
     /// From a machine that boots to a guest with its namespaces and its network.
@@ -243,20 +253,22 @@ impl Pod {
         ground: Outcome<Ground>,
         taps: Outcome<Vec<(u8, TapDescriptors)>>,
     ) -> Result<(Guest, Ground), PodFailure> {
-        let met = async {
-            let booted = launched.template().is_none();
-            let (guest, info) = launched.meet().await?;
-            self.record.timeline().guest(&info.clock, booted);
-            self.record.update(|status| {
-                status.guest_kernel = Some(info.kernel_release);
-                status.agent_version = Some(info.agent_version);
-            });
-            self.record
-                .event(EventType::Normal, "Booted", None, "the agent is ready");
-            Ok(guest)
-        };
         // The first of them that fails is the one to tell: nobody waits for the guest when an image is missing.
-        let (guest, ground, taps) = tokio::try_join!(met, ground.wait(), taps.wait())?;
+        let met = self.answer(launched);
+        let (met, ground, taps) = tokio::try_join!(met, ground.wait(), taps.wait())?;
+        let guest = match met {
+            Ok(guest) => guest,
+            // Not before all is in the share, which the second machine gets as it is then.
+            Err(clone) => {
+                let step = self.record.timeline().step("launch");
+                let launched = clone.boot().await?;
+                self.note_machine(&step, &launched);
+                drop(step);
+                self.answer(launched)
+                    .await?
+                    .map_err(|_| PodFailure::AgentLost)?
+            }
+        };
         let timeline = self.record.timeline();
         let step = timeline.step("infra");
         let infra = oci::infra(&self.manifest);
@@ -277,6 +289,23 @@ impl Pod {
             .pause
             .begin(guest.machine(), guest.agent().clone());
         Ok((guest, ground))
+    }
+
+    /// Waits for the agent's answer. The inner error is a clone that was no good.
+    async fn answer(&self, launched: Launched) -> Result<Result<Guest, Box<Rejected>>, PodFailure> {
+        let (guest, info) = match launched.meet().await? {
+            Met::Answered(met) => *met,
+            Met::Rejected(clone) => return Ok(Err(clone)),
+        };
+        let booted = guest.template().is_none();
+        self.record.timeline().guest(&info.clock, booted);
+        self.record.update(|status| {
+            status.guest_kernel = Some(info.kernel_release);
+            status.agent_version = Some(info.agent_version);
+        });
+        self.record
+            .event(EventType::Normal, "Booted", None, "the agent is ready");
+        Ok(Ok(guest))
     }
 
     /// Puts all into the share that the containers will see. Blocking work.

@@ -97,6 +97,14 @@ pub struct Summary {
     pub current: bool,
 }
 
+/// One that a machine can begin with.
+#[derive(Debug)]
+pub struct Template {
+    pub id: String,
+    pub files: SnapshotFiles,
+    pub created_at: Timestamp,
+}
+
 /// The templates of a host.
 #[derive(Debug, Clone)]
 pub struct Templates {
@@ -123,8 +131,8 @@ impl Templates {
     ///
     /// # Errors
     /// When it is there and no good: it has been changed, or was written by another version.
-    pub fn find(&self, kind: &Kind) -> Result<Option<SnapshotFiles>, TemplateError> {
-        let found = self.open_files(kind)?;
+    pub fn find(&self, kind: &Kind) -> Result<Option<Template>, TemplateError> {
+        let found = self.open_one(kind)?;
         if found.is_some() {
             // When it was used last. Should it not be told, then it is removed a little earlier than others.
             let path = self.root.join(kind.id()).join(DESCRIPTION);
@@ -149,7 +157,7 @@ impl Templates {
         self.root.join(format!("{}.{LOG}", kind.id()))
     }
 
-    fn open_files(&self, kind: &Kind) -> Result<Option<SnapshotFiles>, TemplateError> {
+    fn open_one(&self, kind: &Kind) -> Result<Option<Template>, TemplateError> {
         let id = kind.id();
         let Some(description) = self.description(&id)? else {
             return Ok(None);
@@ -175,9 +183,14 @@ impl Templates {
                 Err(broken(format!("its {name} has been changed")))
             }
         };
-        Ok(Some(SnapshotFiles {
+        let files = SnapshotFiles {
             state: open(STATE, &description.state)?,
             memory: open(MEMORY, &description.memory)?,
+        };
+        Ok(Some(Template {
+            files,
+            created_at: description.created_at,
+            id,
         }))
     }
 
@@ -211,6 +224,18 @@ impl Templates {
             let _ = fs::remove_file(self.root.join(format!("{id}.{name}")));
         }
         Ok(())
+    }
+
+    /// Removes one of which no machine came that is any good, unless another is in its place by now. `created_at` is
+    /// when it was made.
+    ///
+    /// # Errors
+    /// When its files can't be removed.
+    pub fn discard(&self, id: &str, created_at: Timestamp) -> Result<(), TemplateError> {
+        match self.description(id)? {
+            Some(description) if description.created_at == created_at => self.remove(id),
+            _ => Ok(()),
+        }
     }
 
     /// Removes those with which no pod can begin any more, those whose makers died, and of the others the least recently
@@ -305,7 +330,7 @@ impl Templates {
         };
         Ok(Some(Summary {
             id: id.to_owned(),
-            current: description.kind.is_current() && self.open_files(&description.kind).is_ok(),
+            current: description.kind.is_current() && self.open_one(&description.kind).is_ok(),
             kind: description.kind,
             created_at: description.created_at,
             last_used_at: fs::symlink_metadata(self.root.join(id).join(DESCRIPTION))

@@ -24,9 +24,9 @@ fn a_template_is_found_by_its_kind_once_it_is_finished() {
 
     made(&templates, &kind);
 
-    let files = templates.find(&kind).unwrap().unwrap();
+    let template = templates.find(&kind).unwrap().unwrap();
     let mut memory = String::new();
-    File::from(files.memory)
+    File::from(template.files.memory)
         .read_to_string(&mut memory)
         .unwrap();
     assert_eq!(memory, "memory");
@@ -129,6 +129,22 @@ fn only_templates_are_removed_by_id() {
         fs::read_dir(data.path().join("templates")).unwrap().count(),
         0
     );
+}
+
+#[test]
+fn one_that_is_no_good_is_discarded_and_not_the_next_in_its_place() {
+    let (_data, templates) = store();
+    let kind = kind(&[]);
+    made(&templates, &kind);
+    let first = templates.find(&kind).unwrap().unwrap();
+    templates.discard(&first.id, first.created_at).unwrap();
+    assert!(templates.find(&kind).unwrap().is_none());
+    templates.discard(&first.id, first.created_at).unwrap();
+
+    made(&templates, &kind);
+    templates.discard(&first.id, first.created_at).unwrap();
+
+    assert!(templates.find(&kind).unwrap().is_some());
 }
 
 #[test]
