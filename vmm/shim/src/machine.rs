@@ -360,7 +360,7 @@ impl Pod for MachinePod {
         machine.guest.agent().start_container(name).await?;
         drop(step);
         machine.timeline.mark(Mark::Exec);
-        machine.guest.order_template();
+        machine.guest.serve_later_pods();
         footprint::shrink();
         Ok(())
     }

@@ -1,10 +1,10 @@
 //! Starting a machine: by booting it, or as a clone of a template.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use hull_machine::client::{GuestConnection, Machine, NetSpec, SnapshotFiles};
+use hull_machine::client::{GuestConnection, Machine, NetSpec};
 use hull_machine::steps::Started;
 use hull_protocol::READY_PORT;
 use jiff::Timestamp;
@@ -22,7 +22,7 @@ use super::machine::{self, Begin};
 use super::template::{Shelf, Wanted};
 use crate::agent::{Agent, GuestInfo, GuestSize};
 use crate::oci::MachineSize;
-use crate::templates::{FileIdentity, HostIdentity, Kind};
+use crate::templates::{FileIdentity, HostIdentity, Kind, Recording, Template};
 use crate::text::chain;
 use crate::volumes::Share;
 
@@ -78,7 +78,7 @@ impl Boot<'_> {
                     kind,
                     shelf,
                 }
-                .launch(template.files)
+                .launch(template)
                 .await
             }
             Ok(None) => {
@@ -140,14 +140,17 @@ struct Candidate {
 }
 
 impl Candidate {
-    async fn launch(self, files: SnapshotFiles) -> Result<Launched, PodFailure> {
+    async fn launch(self, template: Template) -> Result<Launched, PodFailure> {
         let Plain {
             recipe,
             console,
             share,
         } = &self.plain;
         let console = console.try_clone().map_err(open("the console"))?;
-        let begin = Begin::Clone(files);
+        let begin = Begin::Clone {
+            files: template.files,
+            working_set: template.working_set,
+        };
         match recipe.launch(begin, console, share.as_fd()).await {
             Err(PodFailure::Launch(error)) => {
                 let rejected = self.reject(chain(&error));
@@ -156,6 +159,7 @@ impl Candidate {
             launched => Ok(Launched {
                 template: Some(self.kind.id()),
                 candidate: Some(Box::new(self)),
+                recording: template.recording,
                 ..launched?
             }),
         }
@@ -265,6 +269,7 @@ impl Recipe {
             template: None,
             passed_over: None,
             candidate: None,
+            recording: None,
             wanted: None,
         })
     }
@@ -284,6 +289,7 @@ pub struct Launched {
     passed_over: Option<String>,
     /// None: it boots.
     candidate: Option<Box<Candidate>>,
+    recording: Option<Recording>,
     wanted: Option<Wanted>,
 }
 
@@ -356,6 +362,7 @@ impl Launched {
             begun,
             wanted,
             template,
+            recording,
             passed_over: _,
             candidate: _,
         } = self;
@@ -376,6 +383,7 @@ impl Launched {
             size,
             boot: begun.elapsed(),
             template,
+            recording: Mutex::new(recording),
             wanted,
         };
         Ok((guest, info))

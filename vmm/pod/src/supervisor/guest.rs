@@ -1,6 +1,6 @@
 //! A machine with its agent and infra: what the containers of every pod run in, whoever runs them.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use hull_machine::client::Machine;
@@ -18,6 +18,8 @@ use crate::agent::network::Plan;
 use crate::agent::{Agent, AgentError, Process};
 use crate::metrics::Meter;
 use crate::oci::{InfraSpec, MachineSize};
+use crate::templates::Recording;
+use crate::text::chain;
 use crate::volumes::MemoryVolume;
 
 /// A machine whose agent has answered.
@@ -37,6 +39,8 @@ pub struct Guest {
     pub(super) template: Option<String>,
     /// A template of its kind, if there was none and there should be.
     pub(super) wanted: Option<Wanted>,
+    /// Whether it is to be noted what a clone writes to.
+    pub(super) recording: std::sync::Mutex<Option<Recording>>,
 }
 
 impl Guest {
@@ -122,10 +126,21 @@ impl Guest {
         )
     }
 
-    /// Has a template of the machine's kind made, if there was none. Pods that come later begin with that.
-    pub fn order_template(&self) {
+    /// Does what pods that come later begin sooner with, now that a container of this one runs: has a template of the
+    /// machine's kind made, if there was none, or notes what a clone has written to, if that isn't known.
+    pub fn serve_later_pods(&self) {
         if let Some(wanted) = &self.wanted {
             wanted.order();
+        }
+        let recording = self.recording.lock();
+        let recording = recording.unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(recording) = recording {
+            let machine = Arc::clone(&self.machine);
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = recording.record(&machine) {
+                    tracing::warn!(error = chain(&error), "a template's working set");
+                }
+            });
         }
     }
 

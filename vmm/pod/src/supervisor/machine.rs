@@ -6,6 +6,7 @@ use std::path::Path;
 
 use hull_machine::client::{MachineSpec, SnapshotFiles};
 use hull_machine::config::CachePolicy;
+use hull_machine::memory::working_set::PageRange;
 use hull_protocol::READY_PORT;
 
 use super::failure::PodFailure;
@@ -28,7 +29,10 @@ pub enum Begin<'a> {
         kernel: &'a Path,
         initramfs: &'a Path,
     },
-    Clone(SnapshotFiles),
+    Clone {
+        files: SnapshotFiles,
+        working_set: Vec<PageRange>,
+    },
 }
 
 /// Opens all that the machine needs.
@@ -57,7 +61,9 @@ pub fn spec(
             .memory_mib(size.memory_mib)
             .initramfs(open(initramfs)?)
             .cmdline(CMDLINE),
-        Begin::Clone(files) => MachineSpec::restored(kvm, files, console),
+        Begin::Clone { files, working_set } => {
+            MachineSpec::restored(kvm, files, console).working_set(working_set)
+        }
     };
     Ok(spec
         .vcpus(size.vcpus)

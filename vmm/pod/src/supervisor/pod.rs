@@ -442,7 +442,7 @@ impl Pod {
             status.message = None;
             status.started_at = Some(Timestamp::now());
         });
-        guest.order_template();
+        guest.serve_later_pods();
         footprint::shrink();
         while let Some(ended) = running.join_next().await {
             ended??;

@@ -5,6 +5,7 @@
 //!   <id>/template.json    the kind, and what the files must look like
 //!   <id>/state            processors and devices
 //!   <id>/memory           the guest's RAM, which every clone maps and nobody changes
+//!   <id>/working-set.json which of its pages the first clone had written to when its containers ran
 //!   <id>.lock             held by who makes it
 //!   <id>.log              why none could be made
 //!   .new-<id>/            one that is being made
@@ -15,6 +16,7 @@
 
 mod kind;
 mod policy;
+mod working_set;
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read};
@@ -24,12 +26,14 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use hull_machine::client::SnapshotFiles;
+use hull_machine::memory::working_set::PageRange;
 use jiff::Timestamp;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 pub use kind::{FileIdentity, HostIdentity, Kind};
 pub use policy::Policy;
+pub use working_set::Recording;
 
 use crate::state::{StateError, private_dir, replace_file};
 
@@ -103,6 +107,10 @@ pub struct Template {
     pub id: String,
     pub files: SnapshotFiles,
     pub created_at: Timestamp,
+    /// Pages that its clones will write to.
+    pub working_set: Vec<PageRange>,
+    /// None: it is known what they are.
+    pub recording: Option<Recording>,
 }
 
 /// The templates of a host.
@@ -187,10 +195,26 @@ impl Templates {
             state: open(STATE, &description.state)?,
             memory: open(MEMORY, &description.memory)?,
         };
+        let created_at = description.created_at;
+        let known = self.working_set(&id);
+        let recording = match &known {
+            Some(_) => None,
+            None => Some(Recording {
+                templates: self.clone(),
+                id: id.clone(),
+                created_at,
+                memory: files
+                    .memory
+                    .try_clone()
+                    .map_err(io_error(|| "keeping a template's memory open".into()))?,
+            }),
+        };
         Ok(Some(Template {
             files,
-            created_at: description.created_at,
+            created_at,
             id,
+            working_set: known.unwrap_or_default(),
+            recording,
         }))
     }
 

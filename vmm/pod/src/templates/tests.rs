@@ -200,3 +200,38 @@ fn what_a_maker_left_that_died_is_removed() {
     assert!(!place.exists());
     assert!(alive.directory().exists());
 }
+
+#[test]
+fn what_clones_write_to_is_noted_once() {
+    let (data, templates) = store();
+    let kind = kind(&[]);
+    made(&templates, &kind);
+    let found = || templates.find(&kind).unwrap().unwrap();
+    let first = found();
+    assert!(first.working_set.is_empty());
+    let pages = [(1, 2), (7, 1)].map(PageRange::from);
+
+    first.recording.unwrap().note(&pages).unwrap();
+
+    let second = found();
+    assert_eq!(second.working_set, pages);
+    assert!(second.recording.is_none());
+    let path = data.path().join("templates").join(kind.id());
+    fs::write(path.join("working-set.json"), "[[1").unwrap();
+    assert!(found().working_set.is_empty());
+}
+
+#[test]
+fn a_template_that_was_replaced_says_nothing_of_the_new_one() {
+    let (_data, templates) = store();
+    let kind = kind(&[]);
+    made(&templates, &kind);
+    let old = templates.find(&kind).unwrap().unwrap();
+    made(&templates, &kind);
+
+    let pages = [PageRange::from((1, 2))];
+    old.recording.unwrap().note(&pages).unwrap();
+
+    let new = templates.find(&kind).unwrap().unwrap();
+    assert!(new.recording.is_some());
+}

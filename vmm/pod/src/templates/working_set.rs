@@ -1,0 +1,72 @@
+//! What a template's clones write to before their containers run: noted of one of them, and got ready for the others.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+
+use hull_machine::client::Machine;
+use hull_machine::memory::working_set::PageRange;
+use jiff::Timestamp;
+
+use super::{TemplateError, Templates, io_error};
+use crate::state::replace_file;
+
+const NAME: &str = "working-set.json";
+/// Bytes of it, at most.
+const MAX: u64 = 1 << 16;
+
+/// A clone of a template of which it isn't known yet what clones write to.
+#[derive(Debug)]
+pub struct Recording {
+    pub(super) templates: Templates,
+    pub(super) id: String,
+    pub(super) created_at: Timestamp,
+    /// The template's.
+    pub(super) memory: OwnedFd,
+}
+
+impl Recording {
+    /// Notes what the clone has written to so far, for those that come after it. Blocking.
+    ///
+    /// # Errors
+    /// When that can't be seen or written down.
+    pub fn record(self, machine: &Machine) -> Result<(), TemplateError> {
+        let pages = machine
+            .written_pages(self.memory.as_fd())
+            .map_err(io_error(|| "looking at what a clone has written to".into()))?;
+        self.note(&pages)
+    }
+
+    fn note(&self, pages: &[PageRange]) -> Result<(), TemplateError> {
+        // Of another one that has taken its place meanwhile it says nothing.
+        match self.templates.description(&self.id)? {
+            Some(description) if description.created_at == self.created_at => {}
+            _ => return Ok(()),
+        }
+        let path = self.templates.root.join(&self.id).join(NAME);
+        let text = serde_json::to_vec(pages)
+            .map_err(|error| io_error(|| format!("writing {}", path.display()))(error.into()))?;
+        Ok(replace_file(&path, &text)?)
+    }
+}
+
+impl Templates {
+    /// What is noted of the clones of one. None: nothing, or nothing that can be read; a clone then takes its time.
+    pub(super) fn working_set(&self, id: &str) -> Option<Vec<PageRange>> {
+        let path = self.root.join(id).join(NAME);
+        let read = || -> io::Result<Vec<PageRange>> {
+            let mut text = Vec::new();
+            File::open(&path)?.take(MAX).read_to_end(&mut text)?;
+            Ok(serde_json::from_slice(&text)?)
+        };
+        match read() {
+            Ok(pages) => Some(pages),
+            Err(error) => {
+                if error.kind() != io::ErrorKind::NotFound {
+                    tracing::warn!(%error, path = %path.display(), "a template's working set");
+                }
+                None
+            }
+        }
+    }
+}
