@@ -37,7 +37,7 @@ impl Recording {
         self.note(&pages)
     }
 
-    fn note(&self, pages: &[PageRange]) -> Result<(), TemplateError> {
+    pub(super) fn note(&self, pages: &[PageRange]) -> Result<(), TemplateError> {
         // Of another one that has taken its place meanwhile it says nothing.
         match self.templates.description(&self.id)? {
             Some(description) if description.created_at == self.created_at => {}
