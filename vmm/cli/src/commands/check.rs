@@ -9,6 +9,8 @@ use std::path::Path;
 use hull_pod::configuration::{Configuration, DEFAULT_PATH};
 use hull_pod::networks::Netavark;
 use hull_pod::supervisor::Installation;
+use hull_pod::templates::Templates;
+use hull_pod::text::chain;
 use kvm_ioctls::Kvm;
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2, statfs};
 use serde::Serialize;
@@ -92,6 +94,7 @@ pub fn run(host: &Host, args: &Args) -> Result<(), Failure> {
         installation(host),
         networks(host),
         directories(host),
+        templates(host),
     ];
     findings.extend(cost::findings(Path::new("/")));
     match args.output.output {
@@ -287,7 +290,7 @@ fn configuration(host: &Host) -> Finding {
         }
         Err(error) => Finding::failure(
             WHAT,
-            hull_pod::text::chain(&error),
+            chain(&error),
             "mend the file; no pod starts with it as it is",
         ),
     }
@@ -311,7 +314,7 @@ fn networks(host: &Host) -> Finding {
         Err(error) => Finding::bad(
             WHAT,
             Verdict::Warning,
-            hull_pod::text::chain(&error),
+            chain(&error),
             "pods run all the same with --network none or ns:PATH",
         ),
     }
@@ -331,9 +334,29 @@ fn directories(host: &Host) -> Finding {
         ),
         Err(error) => Finding::failure(
             WHAT,
-            hull_pod::text::chain(&error),
+            chain(&error),
             "choose others with --run-dir and --data-dir, or mend these",
         ),
+    }
+}
+
+/// Pods start without one, too, only later.
+fn templates(host: &Host) -> Finding {
+    const WHAT: &str = "templates";
+    let remedy = "mend that, then: hull template create";
+    match Templates::open(host.directories.data()).and_then(|all| all.failures()) {
+        Ok(failed) => match failed.first() {
+            None => Finding::ok(WHAT, "none has failed"),
+            Some(failure) => {
+                let (id, why) = (failure.kind.id(), &failure.why);
+                let found = match failed.len() {
+                    1 => format!("{id} failed: {why}"),
+                    count => format!("{id} failed, and {} more: {why}", count - 1),
+                };
+                Finding::bad(WHAT, Verdict::Warning, found, remedy)
+            }
+        },
+        Err(error) => Finding::bad(WHAT, Verdict::Warning, chain(&error), remedy),
     }
 }
 

@@ -8,8 +8,8 @@ use clap::Subcommand;
 use hull_pod::manifest;
 use hull_pod::oci;
 use hull_pod::supervisor::{self, HostNetwork, Installation, MAX_SLOTS, Order, Recipe};
-use hull_pod::templates::{Policy, Summary, Templates};
-use serde_json::json;
+use hull_pod::templates::{Failure as FailedTemplate, Kind, Policy, Summary, Templates};
+use serde_json::{Value, json};
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::Host;
@@ -36,7 +36,7 @@ enum Command {
 
 /// Make templates ahead of the first pod, and print their ids
 ///
-/// For the pods of FILE, or for pods without limits.
+/// For the pods of FILE, or for pods without limits; also where one could not be made lately, which pods wait after.
 #[derive(Debug, clap::Args)]
 struct CreateArgs {
     /// A file of Pods in YAML or JSON, or - for standard input
@@ -52,7 +52,7 @@ struct CreateArgs {
     tenant: String,
 }
 
-/// List templates
+/// List templates, and those that failed
 #[derive(Debug, clap::Args)]
 #[command(visible_alias = "list")]
 struct LsArgs {
@@ -63,7 +63,7 @@ struct LsArgs {
     output: OutputArgs,
 }
 
-/// Remove templates; pods that began with them go on
+/// Remove templates, and what is known of failed ones; pods that began with them go on
 #[derive(Debug, clap::Args)]
 #[command(visible_alias = "remove")]
 struct RmArgs {
@@ -146,51 +146,86 @@ fn ls(templates: &Templates, args: &LsArgs) -> Result<(), Failure> {
         let rows: Vec<_> = all.iter().map(|template| row([&template.id])).collect();
         return print_table(&rows);
     }
+    let failed = templates.failures()?;
     match args.output.output {
         Some(format @ (Format::Json | Format::Yaml)) => {
-            let items = all.iter().map(|template| json!(template)).collect();
+            let items = all.iter().map(|template| json!(template));
+            let items = items.chain(failed.iter().map(failed_item)).collect();
             print_value(&list(items, true), format)
         }
-        format => print_table(&table(&all, format == Some(Format::Wide))),
+        format => print_table(&table(&all, &failed, format == Some(Format::Wide))),
     }
 }
 
-fn table(all: &[Summary], wide: bool) -> Vec<Vec<String>> {
+/// As templates have it, with why there is none.
+fn failed_item(failure: &FailedTemplate) -> Value {
+    let mut item = json!(failure.kind);
+    let more = json!({
+        "id": failure.kind.id(),
+        "current": false,
+        "failure": {
+            "why": failure.why,
+            "failedAt": failure.failed_at,
+            "count": failure.count,
+            "waitsUntil": failure.until(),
+        },
+    });
+    if let (Value::Object(item), Value::Object(more)) = (&mut item, more) {
+        item.extend(more);
+    }
+    item
+}
+
+fn table(all: &[Summary], failed: &[FailedTemplate], wide: bool) -> Vec<Vec<String>> {
     let mut header = row(["ID", "TENANT", "CPUS", "MEMORY", "SIZE", "USED", "STATUS"]);
     if wide {
-        header.extend(row(["INTERFACES", "DISK SLOTS", "AGE"]));
+        header.extend(row(["INTERFACES", "DISK SLOTS", "AGE", "REASON"]));
     }
-    let rows = all.iter().map(|template| {
-        let kind = &template.kind;
+    let cells = |kind: &Kind, shown: [String; 3], of_wide: [String; 2]| {
         let mut cells = vec![
-            template.id.clone(),
+            kind.id(),
             kind.tenant.clone(),
             kind.vcpus.to_string(),
             format!("{}Mi", kind.memory_mib),
-            size(template.size),
-            age(template.last_used_at),
-            if template.current {
-                "Current"
-            } else {
-                "Outdated"
-            }
-            .to_owned(),
         ];
+        cells.extend(shown);
         if wide {
-            cells.extend([
-                kind.interfaces.to_string(),
-                kind.disk_slots.to_string(),
-                age(template.created_at),
-            ]);
+            cells.extend([kind.interfaces.to_string(), kind.disk_slots.to_string()]);
+            cells.extend(of_wide);
         }
         cells
+    };
+    let rows = all.iter().map(|template| {
+        let status = if template.current {
+            "Current"
+        } else {
+            "Outdated"
+        };
+        cells(
+            &template.kind,
+            [
+                size(template.size),
+                age(template.last_used_at),
+                status.to_owned(),
+            ],
+            [age(template.created_at), String::new()],
+        )
     });
-    std::iter::once(header).chain(rows).collect()
+    let failed = failed.iter().map(|failure| {
+        cells(
+            &failure.kind,
+            ["-".into(), "-".into(), "Failed".into()],
+            [age(failure.failed_at), failure.why.clone()],
+        )
+    });
+    std::iter::once(header).chain(rows).chain(failed).collect()
 }
 
 fn rm(templates: &Templates, args: RmArgs) -> Result<(), Failure> {
     let ids = if args.all {
-        templates.list()?.into_iter().map(|t| t.id).collect()
+        let failed = templates.failures()?.into_iter().map(|f| f.kind.id());
+        let all = templates.list()?.into_iter().map(|t| t.id);
+        all.chain(failed).collect()
     } else {
         args.ids
     };

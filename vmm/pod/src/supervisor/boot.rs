@@ -165,8 +165,9 @@ impl Candidate {
         }
     }
 
-    /// Removes the template.
+    /// Removes the template, and has none made at once: the next might be as good.
     fn reject(self, why: String) -> Rejected {
+        self.shelf.templates.note_failure(&self.kind, &why);
         let discarded = (self.shelf.templates).discard(&self.kind.id(), self.created_at);
         if let Err(error) = discarded {
             tracing::warn!(error = chain(&error), "removing a template");

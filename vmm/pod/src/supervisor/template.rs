@@ -19,7 +19,7 @@ use super::boot::Recipe;
 use super::console::Console;
 use super::failure::PodFailure;
 use crate::configuration::Configuration;
-use crate::templates::{Kind, Policy, TemplateError, Templates};
+use crate::templates::{Kind, Policy, TemplateError, Templates, Unfinished};
 use crate::text::chain;
 
 /// What a program that supervises pods is called with to be a maker: [`make_ordered`].
@@ -164,9 +164,14 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// Has it made, unless somebody else is at it. What fails is logged.
+    /// Has it made, unless somebody else is at it, or it has come to nothing lately. What fails is logged.
     pub fn order(&self) {
         if self.templates.is_being_made(&self.kind) {
+            return;
+        }
+        if let Some(failure) = self.templates.waits_after(&self.kind) {
+            let (why, until) = (&failure.why, failure.until());
+            tracing::info!(why, %until, "no template is made, since one came to nothing");
             return;
         }
         let started = File::options()
@@ -198,12 +203,23 @@ impl Order {
     /// any more. The id of the template.
     ///
     /// # Errors
-    /// When the machine doesn't come so far, or can't be written; when somebody else is at it.
+    /// When the machine doesn't come so far, or can't be written, which is remembered; when somebody else is at it.
     pub async fn make(self) -> Result<String, PodFailure> {
         let templates = Templates::open(&self.data)?;
         let kind = self.recipe.kind(self.tenant)?;
-        let (id, log) = (kind.id(), templates.log(&kind));
-        let unfinished = templates.begin(kind)?;
+        let unfinished = templates.begin(kind.clone())?;
+        if let Err(error) = self.recipe.put_aside(unfinished).await {
+            templates.note_failure(&kind, &chain(&error));
+            return Err(error);
+        }
+        let _ = std::fs::remove_file(templates.log(&kind));
+        templates.tidy()?;
+        Ok(kind.id())
+    }
+}
+
+impl Recipe {
+    async fn put_aside(mut self, unfinished: Unfinished) -> Result<(), PodFailure> {
         let directory = unfinished.directory();
         let share = directory.join("share");
         let console_log = directory.join("console.log");
@@ -214,13 +230,12 @@ impl Order {
                 source,
             })?;
         let (mut console, pipe) = Console::open(&console_log)?;
-        let mut recipe = self.recipe;
-        for net in &mut recipe.nets {
+        for net in &mut self.nets {
             // A pod's own come with its interfaces.
             net.limits = NetLimits::default();
         }
         let made = async {
-            let launched = recipe.boot(pipe, empty.as_fd()).await?;
+            let launched = self.boot(pipe, empty.as_fd()).await?;
             // A clone runs as many processors as it needs.
             let (guest, _) = launched.meet_with(0).await?;
             guest.machine().snapshot(unfinished.files()?).await?;
@@ -239,10 +254,7 @@ impl Order {
         // What fails is in the way of nobody.
         let _ = std::fs::remove_dir(&share);
         let _ = std::fs::remove_file(&console_log);
-        unfinished.finish()?;
-        let _ = std::fs::remove_file(log);
-        templates.tidy()?;
-        Ok(id)
+        Ok(unfinished.finish()?)
     }
 }
 

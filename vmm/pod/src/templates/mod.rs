@@ -8,12 +8,14 @@
 //!   <id>/working-set.json which of its pages the first clone had written to when its containers ran
 //!   <id>.lock             held by who makes it
 //!   <id>.log              why none could be made
+//!   <id>.failed           that none could be made, or that no clone answered, and when
 //!   .new-<id>/            one that is being made
 //! ```
 //!
 //! There is nothing of any pod in a template. Nobody but root can read it: its guest's random numbers
 //! and addresses are those that its clones begin with.
 
+mod failures;
 mod kind;
 mod policy;
 mod working_set;
@@ -31,6 +33,7 @@ use jiff::Timestamp;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
+pub use failures::Failure;
 pub use kind::{FileIdentity, HostIdentity, Kind};
 pub use policy::Policy;
 pub use working_set::Recording;
@@ -162,7 +165,11 @@ impl Templates {
     /// Where it is told why none of this kind could be made.
     #[must_use]
     pub fn log(&self, kind: &Kind) -> PathBuf {
-        self.root.join(format!("{}.{LOG}", kind.id()))
+        self.log_of(&kind.id())
+    }
+
+    fn log_of(&self, id: &str) -> PathBuf {
+        self.root.join(format!("{id}.{LOG}"))
     }
 
     fn open_one(&self, kind: &Kind) -> Result<Option<Template>, TemplateError> {
@@ -234,19 +241,18 @@ impl Templates {
         Ok(all)
     }
 
-    /// Removes one, by its id. Machines that began with it go on.
+    /// Removes one, by its id, and what is known of its failures. Machines that began with it go on.
     ///
     /// # Errors
     /// When there is none, or its files can't be removed.
     pub fn remove(&self, id: &str) -> Result<(), TemplateError> {
         // Names of directories, and nothing that leads elsewhere.
-        if !self.ids()?.iter().any(|known| known == id) {
+        if !self.ids()?.iter().any(|known| known == id) && !self.has_failed(id) {
             return Err(TemplateError::NotFound(id.to_owned()));
         }
         self.remove_tree(id)?;
-        for name in [LOCK, LOG] {
-            let _ = fs::remove_file(self.root.join(format!("{id}.{name}")));
-        }
+        let _ = fs::remove_file(self.root.join(format!("{id}.{LOCK}")));
+        self.forget_failure(id);
         Ok(())
     }
 
@@ -257,13 +263,13 @@ impl Templates {
     /// When its files can't be removed.
     pub fn discard(&self, id: &str, created_at: Timestamp) -> Result<(), TemplateError> {
         match self.description(id)? {
-            Some(description) if description.created_at == created_at => self.remove(id),
+            Some(description) if description.created_at == created_at => self.remove_tree(id),
             _ => Ok(()),
         }
     }
 
-    /// Removes those with which no pod can begin any more, those whose makers died, and of the others the least recently
-    /// used beyond a bound.
+    /// Removes those with which no pod can begin any more, those whose makers died, of the others the least recently
+    /// used beyond a bound, and old failures.
     ///
     /// # Errors
     /// When the directory can't be read, or files can't be removed.
@@ -283,7 +289,7 @@ impl Templates {
                 self.remove_tree(&name)?;
             }
         }
-        Ok(())
+        self.forget_failures()
     }
 
     /// Begins one of this kind.
