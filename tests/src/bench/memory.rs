@@ -64,7 +64,7 @@ pub fn measure(options: &Options, builds: &[Build], report: &mut Report) {
     }
 }
 
-/// Starts pods one after another, and looks at each, and at what has come with it.
+/// Starts pods, and looks at all of them when they run.
 fn idle(
     options: &Options,
     build: &Build,
@@ -73,27 +73,26 @@ fn idle(
     name: &str,
 ) -> Vec<[host::Memory; 2]> {
     let mut series = Series::new(build.name(name));
-    let mut pods = Vec::new();
-    let mut before = 0;
-    for n in 0..=options.rounds().min(8) {
-        pods.push(start(build, template, &format!("idle-{n}")));
-        std::thread::sleep(SETTLES);
-        let total: u64 = pods
+    let others = if options.short {
+        0
+    } else {
+        options.rounds().min(8)
+    };
+    let pods: Vec<_> = (0..=others)
+        .map(|n| start(build, template, &format!("idle-{n}")))
+        .collect();
+    std::thread::sleep(SETTLES);
+    let found: Vec<_> = pods.iter().map(of).collect();
+    // What the first has alone would be others' too; its PSS tells by then.
+    for memory in found.iter().skip(1) {
+        let kibibytes: u64 = memory
             .iter()
-            .flat_map(of)
             .map(|memory| memory.own.proportional + memory.guest.private)
             .sum();
-        // The first has alone what others will share with it.
-        if n > 0 {
-            series.add((as_float(total) - as_float(before)) / MIB);
-        }
-        before = total;
-        if options.short {
-            break;
-        }
+        series.add(as_float(kibibytes) / MIB);
     }
     more.push(series);
-    pods.iter().map(of).collect()
+    found
 }
 
 type Look = fn(&[host::Memory; 2]) -> u64;
