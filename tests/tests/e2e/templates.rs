@@ -327,8 +327,7 @@ fn a_clone_that_does_not_answer_gives_way_to_a_machine_that_boots() {
 
         let manifest = hull.manifest("web.yaml", &manifest("web"));
         let mut run = hull.command(["run", "-d"]);
-        // A clone has half of it.
-        let run = run.env("HULL_AGENT_TIMEOUT", "60").arg(manifest).output();
+        let run = run.env("HULL_AGENT_TIMEOUT", "40").arg(manifest).output();
         assert_success(&run.expect("hull is on PATH"), damage);
         let pod = Pod::running(&hull, "web");
 
@@ -336,7 +335,7 @@ fn a_clone_that_does_not_answer_gives_way_to_a_machine_that_boots() {
         let events = hull.ok(["events", "web"]);
         let why = match damage {
             "ends" => "the machine ended",
-            _ => "was not ready after 30 s",
+            _ => "was not ready after 40 s",
         };
         let told = |line: &str| line.contains("TemplateRemoved") && line.contains(why);
         assert!(events.lines().any(told), "{damage}: {events}");
@@ -474,7 +473,8 @@ fn many_clones_start_at_once() {
     for (name, run) in started {
         assert_success(&run.wait_with_output().unwrap(), &name);
         let pod = Pod::running(&hull, &name);
-        assert_eq!(template(&pod), Some(id.clone()), "{name}");
+        let events = || hull.ok(["events", &name]);
+        assert_eq!(template(&pod), Some(id.clone()), "{}", events());
         let boot = says(&hull, &name, "cat /proc/sys/kernel/random/boot_id");
         assert!(boots.insert(boot), "{name}");
         std::mem::forget(pod);

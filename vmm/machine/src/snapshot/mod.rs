@@ -21,6 +21,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
+use crate::kvm::io_apic::IoApicState;
 use crate::kvm::state::KvmState;
 use crate::kvm::vm::KvmError;
 use crate::pci::{BusState, SuspendError};
@@ -32,6 +33,7 @@ pub struct MachineState {
     /// Addresses of its memory device, of which nothing is plugged.
     pub memory_device_mib: u64,
     pub kvm: KvmState,
+    pub io_apic: IoApicState,
     pub bus: BusState,
 }
 

@@ -327,8 +327,8 @@ impl Launched {
         self.passed_over.as_deref()
     }
 
-    /// Waits until the agent has answered. A clone has half of the time that a machine has to boot: should it come to
-    /// nothing, then one can still boot in its place.
+    /// Waits until the agent has answered. A clone has as long as a machine has to boot, since on a host that is busy it
+    /// is no worse for being slow; a machine that then boots in its place has as long again.
     ///
     /// # Errors
     /// When a machine that boots doesn't answer in time, or ends.
@@ -339,7 +339,7 @@ impl Launched {
             return Ok(answered(self.meet_with(vcpus).await?));
         };
         let machine = Arc::clone(&self.machine);
-        let (limit, end) = (self.limits.agent_ready / 2, self.limits.end);
+        let (limit, end) = (self.limits.agent_ready, self.limits.end);
         let met = timeout(limit, self.meet_with(vcpus)).await;
         match met.unwrap_or(Err(PodFailure::AgentNotReady(limit))) {
             Ok(met) => Ok(answered(met)),
