@@ -35,7 +35,8 @@ impl MachineSpec {
     /// the guest's console. Add the same devices that it had, in the same order; what is behind them may be another.
     /// The files may be shared by many machines, and removed while they run, but not changed.
     ///
-    /// The guest's vsock connections are gone; its listeners are there. A share must not have been mounted.
+    /// The guest's vsock connections are gone; its listeners are there. Of a share that was mounted, files that were open
+    /// must be there by the same paths, mounts included, before the launch; what else the guest knew of it may be gone.
     pub fn restored(
         kvm: impl Into<OwnedFd>,
         files: SnapshotFiles,
