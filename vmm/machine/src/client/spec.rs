@@ -211,6 +211,19 @@ pub struct SnapshotFiles {
     pub memory: OwnedFd,
 }
 
+impl SnapshotFiles {
+    /// Other descriptors of the same files.
+    ///
+    /// # Errors
+    /// When there are no more.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        Ok(Self {
+            state: self.state.try_clone()?,
+            memory: self.memory.try_clone()?,
+        })
+    }
+}
+
 /// A network interface; see [`NetConfig`].
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct NetSpec {

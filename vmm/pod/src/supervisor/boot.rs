@@ -4,7 +4,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use hull_machine::client::{GuestConnection, Machine, NetSpec};
+use hull_machine::client::{GuestConnection, Machine, NetSpec, SnapshotFiles};
 use hull_machine::steps::Started;
 use hull_protocol::READY_PORT;
 use serde::{Deserialize, Serialize};
@@ -143,6 +143,16 @@ impl Recipe {
         } = &self.installation;
         let begin = Begin::Boot { kernel, initramfs };
         self.launch(begin, console, share).await
+    }
+
+    /// Goes on with a machine that was put aside with its pod.
+    pub(super) async fn restore(
+        &self,
+        files: SnapshotFiles,
+        console: OwnedFd,
+        share: BorrowedFd<'_>,
+    ) -> Result<Launched, PodFailure> {
+        self.launch(Begin::Clone(files), console, share).await
     }
 
     async fn launch(

@@ -103,17 +103,26 @@ impl Known {
     /// When a file without a name is open, or it is none that this library writes.
     pub(super) fn of_library(bytes: &[u8]) -> Result<Self, KnownError> {
         let mut tables = tables(bytes)?;
-        let lost: BTreeSet<u64> = tables
-            .inodes
-            .iter()
-            .filter(|inode| inode.location == Location::Lost)
-            .map(|inode| inode.id)
-            .collect();
-        if tables
-            .handles
-            .iter()
-            .any(|handle| lost.contains(&handle.inode))
-        {
+        let mut lost: BTreeSet<u64> = BTreeSet::new();
+        // With what is below: as often as directories are nested.
+        loop {
+            let before = lost.len();
+            for inode in &tables.inodes {
+                let is_lost = match &inode.location {
+                    Location::Lost => true,
+                    Location::Path { parent, .. } => lost.contains(parent),
+                    _ => false,
+                };
+                if is_lost {
+                    lost.insert(inode.id);
+                }
+            }
+            if lost.len() == before {
+                break;
+            }
+        }
+        let mut handles = tables.handles.iter();
+        if handles.any(|handle| lost.contains(&handle.inode)) {
             return Err(KnownError::Nameless);
         }
         tables.inodes.retain(|inode| !lost.contains(&inode.id));
@@ -405,6 +414,14 @@ mod tests {
         tables.inodes[3].location = Location::Lost;
         let known = Known::of_library(&written(&tables)).unwrap();
         assert_eq!(known.0.inodes.len(), 3);
+        let mut below = tables.clone();
+        below.inodes.insert(0, inode(1000, 1, path(4, "below")));
+        below.next_inode = 1001;
+        assert_eq!(Known::of_library(&written(&below)).unwrap(), {
+            let mut known = known.clone();
+            known.0.next_inode = 1001;
+            known
+        });
 
         tables.handles.push(handle(0, 4, 0));
 
