@@ -38,12 +38,16 @@ impl Endpoint {
         read_once(self.fd.as_fd(), buffer)
     }
 
+    /// Writes some, waiting until at least one byte goes. Given up, it has written nothing.
+    pub async fn write(&self, bytes: &[u8]) -> io::Result<usize> {
+        self.fd
+            .async_io(Interest::WRITABLE, |fd| Ok(rustix::io::write(fd, bytes)?))
+            .await
+    }
+
     pub async fn write_all(&self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
-            let written = self
-                .fd
-                .async_io(Interest::WRITABLE, |fd| Ok(rustix::io::write(fd, bytes)?))
-                .await?;
+            let written = self.write(bytes).await?;
             bytes = &bytes[written..];
         }
         Ok(())

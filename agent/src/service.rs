@@ -5,11 +5,12 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use hull_protocol::agent::{
-    ConfigureNetworkRequest, CreateContainerRequest, CreateContainerResponse, Empty, ExecRequest,
-    ExecResponse, ForwardRequest, FreezeRequest, HelloRequest, HelloResponse, ProcessesRequest,
-    ProcessesResponse, RemoveContainerRequest, RemoveExecRequest, ResizeRequest, SignalRequest,
-    StartContainerRequest, StartInfraRequest, StartInfraResponse, StatsRequest, StatsResponse,
-    ThawRequest, UpdateRequest, WaitOomRequest, WaitOomResponse, WaitRequest, WaitResponse,
+    AttachRequest, ConfigureNetworkRequest, CreateContainerRequest, CreateContainerResponse, Empty,
+    ExecRequest, ExecResponse, ForwardRequest, FreezeRequest, HelloRequest, HelloResponse,
+    ProcessesRequest, ProcessesResponse, RemoveContainerRequest, RemoveExecRequest, ResizeRequest,
+    SignalRequest, StartContainerRequest, StartInfraRequest, StartInfraResponse, StatsRequest,
+    StatsResponse, ThawRequest, UpdateRequest, WaitOomRequest, WaitOomResponse, WaitRequest,
+    WaitResponse,
 };
 use hull_protocol::agent_ttrpc::Agent;
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
@@ -184,6 +185,11 @@ impl Agent for Service {
             .wait(&request.container_id, &request.exec_id)
             .await?;
         Ok(wait_response(exit))
+    }
+
+    async fn attach(&self, _: &TtrpcContext, request: AttachRequest) -> ttrpc::Result<Empty> {
+        self.pod.attach(&request).await?;
+        Ok(Empty::new())
     }
 
     async fn resize(&self, _: &TtrpcContext, request: ResizeRequest) -> ttrpc::Result<Empty> {

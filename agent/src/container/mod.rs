@@ -25,7 +25,7 @@ use tokio::time::timeout;
 use self::cgroup::Cgroup;
 use crate::error::{Doing, Error, Result};
 use crate::process::{Ended, Process};
-use crate::stdio::{Size, Terminal};
+use crate::stdio::{Replaceable, Size, Terminal};
 
 /// Most execs of a container that have not been removed.
 const MAX_EXECS: usize = 256;
@@ -46,6 +46,7 @@ pub struct Exit {
 pub struct Running {
     pub process: Process,
     pub terminal: Option<Arc<Terminal>>,
+    pub streams: Replaceable,
     exit: watch::Receiver<Option<Exit>>,
 }
 
@@ -54,6 +55,7 @@ impl Running {
     pub fn new(
         process: Process,
         terminal: Option<Arc<Terminal>>,
+        streams: Replaceable,
         cgroup: Arc<Cgroup>,
         is_first: bool,
     ) -> Self {
@@ -76,6 +78,7 @@ impl Running {
         Self {
             process,
             terminal,
+            streams,
             exit,
         }
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hull_protocol::agent::Streams as StreamNumbers;
+use hull_protocol::agent::{AttachRequest, Streams as StreamNumbers};
 use tokio::net::UnixListener;
 
 use super::Pod;
@@ -13,7 +13,7 @@ use crate::endpoint::Endpoint;
 use crate::error::{Doing, Error, Result};
 use crate::helper::{self, Request};
 use crate::process::Process;
-use crate::stdio::{self, Claimed, Terminal, Until};
+use crate::stdio::{self, Claimed, Replaceable, Terminal, Until};
 
 /// How long a terminal may take to arrive after its process has been made.
 const CONSOLE: Duration = Duration::from_secs(5);
@@ -41,12 +41,25 @@ impl Pod {
         })
     }
 
+    /// Gives a container's first process other streams than it had.
+    pub async fn attach(&self, request: &AttachRequest) -> Result<()> {
+        let container = self.container(&request.container_id)?;
+        let numbers = request.streams.clone().unwrap_or_default();
+        if numbers.tty != container.first.terminal.is_some() {
+            return Err(Error::State(
+                "the container has been created otherwise, with a terminal or without".into(),
+            ));
+        }
+        let claimed = self.claim(&numbers).await?;
+        container.first.streams.replace(claimed)
+    }
+
     /// Runs a helper for a process, with its stdio attached.
     pub(super) async fn run_helper(
         &self,
         attached: Attached<'_>,
         request: impl FnOnce(Option<PathBuf>) -> Request,
-    ) -> Result<(Process, Option<Arc<Terminal>>)> {
+    ) -> Result<(Process, Option<Arc<Terminal>>, Replaceable)> {
         let Attached {
             claimed,
             terminal,
@@ -57,8 +70,8 @@ impl Pod {
         if !terminal {
             let (theirs, ours) = stdio::pipes(&claimed, user.uid, user.gid)?;
             let process = helper::call(&self.reaper, &request(None), theirs.into()).await?;
-            stdio::copy_pipes(ours, claimed, &process, until);
-            return Ok((process, None));
+            let streams = stdio::copy_pipes(ours, claimed, &process, until);
+            return Ok((process, None, streams));
         }
         let listener =
             UnixListener::bind(&console).doing(|| "making the terminal's socket".into())?;
@@ -76,8 +89,8 @@ impl Pod {
                 return Err(error);
             }
         };
-        stdio::copy_terminal(&terminal, claimed, &process, until);
-        Ok((process, Some(terminal)))
+        let streams = stdio::copy_terminal(&terminal, claimed, &process, until);
+        Ok((process, Some(terminal), streams))
     }
 }
 

@@ -88,11 +88,11 @@ impl Pod {
                 user: &prepared.user,
                 until: Until::Closed,
             };
-            let (process, terminal) = self.run_helper(attached, create).await?;
+            let (process, terminal, streams) = self.run_helper(attached, create).await?;
             if let Some(terminal) = &terminal {
                 terminal.resize(size)?;
             }
-            let first = Running::new(process, terminal, Arc::clone(&cgroup), true);
+            let first = Running::new(process, terminal, streams, Arc::clone(&cgroup), true);
             Ok((prepared, first))
         };
         match made.await {

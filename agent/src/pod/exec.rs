@@ -81,9 +81,9 @@ impl Pod {
             user: &user,
             until: Until::Ended,
         };
-        let (process, terminal) = self.run_helper(attached, exec).await?;
+        let (process, terminal, streams) = self.run_helper(attached, exec).await?;
         let cgroup = Arc::clone(&container.cgroup);
-        Ok(Running::new(process, terminal, cgroup, false))
+        Ok(Running::new(process, terminal, streams, cgroup, false))
     }
 }
 

@@ -25,6 +25,7 @@ mod pod_files;
 mod pod_rules;
 mod ports;
 mod run;
+mod snapshot;
 mod streams;
 mod templates;
 mod timeline;

@@ -9,6 +9,7 @@ use hull_pod::configuration::ConfigurationError;
 use hull_pod::images::ImageError;
 use hull_pod::manifest::ManifestError;
 use hull_pod::networks::NetworkError;
+use hull_pod::snapshots::SnapshotError;
 use hull_pod::state::StateError;
 use hull_pod::supervisor::{InstallationError, PodFailure, SupervisorError};
 use hull_pod::templates::TemplateError;
@@ -44,6 +45,8 @@ pub enum Failure {
     Supervisor(#[from] SupervisorError),
     #[error(transparent)]
     Template(#[from] TemplateError),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     #[error("making a template")]
     Machine(#[from] PodFailure),
     #[error("{doing}")]
@@ -104,6 +107,7 @@ impl Failure {
             | Self::Manifest(_)
             | Self::Configuration(_)
             | Self::Template(TemplateError::BadPolicy(_))
+            | Self::Snapshot(SnapshotError::NotEmpty(_) | SnapshotError::None(_))
             | Self::Network(NetworkError::Refused(_) | NetworkError::NoSuchNetwork(_)) => 2,
             Self::Exit(code) | Self::WithCode { code, .. } => *code,
             _ => 1,

@@ -292,6 +292,9 @@ const FILE_SYSTEM: &[Call] = &[
     any(libc::SYS_setxattr),
     any(libc::SYS_listxattr),
     any(libc::SYS_removexattr),
+    // what a guest knows of its files, in a snapshot: whether a name still stands for the same file
+    any(libc::SYS_pipe2),
+    any(libc::SYS_name_to_handle_at),
     // attributes of symbolic links and special files, by /proc/self/fd
     any(libc::SYS_fchdir),
     // a working directory and umask of its own

@@ -14,9 +14,9 @@ use async_trait::async_trait;
 use hull_machine::client::{ConnectError, Machine};
 pub use hull_protocol::agent::Disk;
 use hull_protocol::agent::{
-    CreateContainerRequest, Empty, ExecRequest, HelloRequest, MemoryVolume, PidNamespace,
-    ProcessesRequest, RemoveContainerRequest, RemoveExecRequest, ResizeRequest, SignalRequest,
-    StartContainerRequest, StartInfraRequest, Streams, WaitRequest,
+    AttachRequest, CreateContainerRequest, Empty, ExecRequest, HelloRequest, MemoryVolume,
+    PidNamespace, ProcessesRequest, RemoveContainerRequest, RemoveExecRequest, ResizeRequest,
+    SignalRequest, StartContainerRequest, StartInfraRequest, Streams, WaitRequest,
 };
 use hull_protocol::agent_ttrpc::AgentClient;
 use hull_protocol::{AGENT_PORT, STREAM_MAGIC, STREAM_PORT};
@@ -204,10 +204,15 @@ impl Agent {
                 .map_err(AgentError::Connect)
         })
         .await?;
+        // In a guest that was put aside others may still wait, of who had it then.
+        let mut first = [0; 4];
+        getrandom(&mut first, GetRandomFlags::empty())
+            .map_err(|error| AgentError::Entropy(error.into()))?;
+        let first = u64::from(u32::from_ne_bytes(first)).saturating_add(1);
         Ok(Self {
             client: AgentClient::new(Client::new(Socket::new(stream))),
             machine,
-            next_stream: Arc::new(AtomicU64::new(1)),
+            next_stream: Arc::new(AtomicU64::new(first)),
             limit,
             calls: Arc::default(),
             taken: Arc::default(),
@@ -383,6 +388,21 @@ impl Agent {
         )
         .await
         .map(drop)
+    }
+
+    /// Gives a container that runs other streams, of [`Self::open_stdio`], in place of those that it has lost.
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn attach(&self, id: &str, stdio: &Stdio) -> Result<(), AgentError> {
+        let request = AttachRequest {
+            container_id: id.into(),
+            streams: Some(stdio.request.clone()).into(),
+            ..Default::default()
+        };
+        self.call("Attach", self.client.attach(self.context(), &request))
+            .await
+            .map(drop)
     }
 
     /// # Errors

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -18,6 +18,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::time::timeout;
 
 use crate::manifest::PodManifest;
+use crate::snapshots::{Files, Restored};
 use crate::state::{Claim, PodDir, PodStatus, StateError, read_record, replace_file};
 use crate::supervisor::ENVIRONMENT;
 use crate::supervisor::api::{Exec, Join, Refusal, Reply, Request, Size, Streams, Target};
@@ -73,7 +74,7 @@ impl Client {
 
     /// Starts a supervisor for a claimed pod: `program` with `args`, which end in
     /// [`crate::supervisor::supervise`]. The pod's name is the supervisor's from now on. When it was `requested` is told
-    /// on [`crate::timeline::now_micros`].
+    /// on [`crate::timeline::now_micros`]. One that is `restored` goes on where it was put aside.
     ///
     /// # Errors
     /// When it can't be started. The claim is then gone.
@@ -83,6 +84,7 @@ impl Client {
         program: &Path,
         args: Vec<OsString>,
         requested: u64,
+        restored: Option<&Restored>,
     ) -> Result<Self, ClientError> {
         let Claim { dir, lock, .. } = claim;
         let content = serde_json::to_vec(manifest).map_err(ClientError::Manifest)?;
@@ -113,7 +115,15 @@ impl Client {
         // Our copy of its end of the channel goes, so that its death is seen.
         drop(command);
         let process = watch_process(Pid::from_child(&child)).map_err(ClientError::Process)?;
-        ours.send(&Request::Start { requested }, &[lock.as_fd()])?;
+        let start = Request::Start {
+            requested,
+            restored: restored.map(|restored| restored.size),
+        };
+        let mut descriptors = vec![lock.as_fd()];
+        if let Some(Restored { machine, .. }) = restored {
+            descriptors.extend([machine.state.as_fd(), machine.memory.as_fd()]);
+        }
+        ours.send(&start, &descriptors)?;
         Ok(Self {
             channel: AsyncChannel::new(ours).map_err(ClientError::Start)?,
             dir,
@@ -198,6 +208,18 @@ impl Client {
         self.done(&Request::Resume).await
     }
 
+    /// Puts the pod aside in these files; returns when all is in them and the pod goes on.
+    ///
+    /// # Errors
+    /// [`ClientError::Refused`] when it can't be.
+    pub async fn snapshot(&self, files: &Files) -> Result<(), ClientError> {
+        let descriptors = files.descriptors().map(AsFd::as_fd);
+        match self.ask_with(&Request::Snapshot, &descriptors).await? {
+            (Reply::Done, _) => Ok(()),
+            _ => Err(ClientError::Unexpected),
+        }
+    }
+
     /// Sends a signal.
     ///
     /// # Errors
@@ -267,7 +289,15 @@ impl Client {
     }
 
     async fn ask(&self, request: &Request) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
-        self.channel.send(request, &[]).await?;
+        self.ask_with(request, &[]).await
+    }
+
+    async fn ask_with(
+        &self,
+        request: &Request,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(Reply, Vec<OwnedFd>), ClientError> {
+        self.channel.send(request, descriptors).await?;
         match self.channel.receive().await? {
             Some((Reply::Refused { kind, message }, _)) => {
                 Err(ClientError::Refused { kind, message })

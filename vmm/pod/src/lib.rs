@@ -13,6 +13,7 @@ pub mod network;
 pub mod networks;
 pub mod oci;
 pub mod signal;
+pub mod snapshots;
 pub mod state;
 pub mod supervisor;
 pub mod templates;

@@ -19,6 +19,7 @@ pub mod ps;
 pub mod rm;
 pub mod rmi;
 pub mod run;
+pub mod snapshot;
 pub mod stop;
 pub mod supervise;
 pub mod template;

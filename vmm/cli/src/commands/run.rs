@@ -166,7 +166,14 @@ async fn start(
             host: host.clone(),
             id: claim.dir.id().clone(),
         };
-        match Client::start(claim, manifest, &program, order.arguments(), host.began) {
+        match Client::start(
+            claim,
+            manifest,
+            &program,
+            order.arguments(),
+            host.began,
+            None,
+        ) {
             Ok(client) => clients.push(client),
             Err(error) => failure = Some(error),
         }

@@ -36,7 +36,8 @@ impl MachineSpec {
     /// the guest's console. Add the same devices that it had, in the same order; what is behind them may be another.
     /// The files may be shared by many machines, and removed while they run, but not changed.
     ///
-    /// The guest's vsock connections are gone; its listeners are there. A share must not have been mounted.
+    /// The guest's vsock connections are gone; its listeners are there. Of a share that was mounted, files that were open
+    /// must be there by the same paths, mounts included, before the launch; what else the guest knew of it may be gone.
     pub fn restored(
         kvm: impl Into<OwnedFd>,
         files: SnapshotFiles,
@@ -221,6 +222,19 @@ impl MachineSpec {
 pub struct SnapshotFiles {
     pub state: OwnedFd,
     pub memory: OwnedFd,
+}
+
+impl SnapshotFiles {
+    /// Other descriptors of the same files.
+    ///
+    /// # Errors
+    /// When there are no more.
+    pub fn try_clone(&self) -> std::io::Result<Self> {
+        Ok(Self {
+            state: self.state.try_clone()?,
+            memory: self.memory.try_clone()?,
+        })
+    }
 }
 
 /// A network interface; see [`NetConfig`].

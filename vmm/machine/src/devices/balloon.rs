@@ -73,6 +73,7 @@ impl VirtioDevice for Balloon {
         Ok(Suspended {
             positions: worker.map(Worker::suspend).unwrap_or_default(),
             state: Vec::new(),
+            only_here: None,
         })
     }
 

@@ -87,6 +87,7 @@ impl VirtioDevice for Console {
         Ok(Suspended {
             positions: worker.map(Worker::suspend).unwrap_or_default(),
             state: Vec::new(),
+            only_here: None,
         })
     }
 

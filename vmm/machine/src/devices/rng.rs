@@ -58,6 +58,7 @@ impl VirtioDevice for Rng {
         Ok(Suspended {
             positions: worker.map(Worker::suspend).unwrap_or_default(),
             state: Vec::new(),
+            only_here: None,
         })
     }
 

@@ -178,7 +178,6 @@ fn register(address: u64) -> Option<u64> {
     (offset < IOAPIC_SIZE).then_some(offset)
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "of eleven bits")]
 fn message(entry: u64) -> MsiMessage {
     let destination = entry >> DESTINATION_SHIFT;
     let logical = if entry & LOGICAL == 0 {

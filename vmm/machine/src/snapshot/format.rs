@@ -25,8 +25,8 @@ const VERSION: u32 = 3;
 /// `EM_X86_64`.
 const ARCHITECTURE: u32 = 62;
 const HEADER: usize = 28;
-/// Longest body: 64 processors have 10 KiB each, a full bus less than 100 KiB.
-const MAX_BODY: usize = 4 << 20;
+/// Longest body: 64 processors have 10 KiB each, a full bus less than 100 KiB; the rest is for the files that guests know.
+const MAX_BODY: usize = 64 << 20;
 
 /// Why a state was not written.
 #[derive(Debug, thiserror::Error)]

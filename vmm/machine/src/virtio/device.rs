@@ -80,6 +80,8 @@ pub struct Suspended {
     /// What the device has to remember besides, in a form of its own. The machine that it comes from need not have been
     /// this one, and is not trusted.
     pub state: Vec<u8>,
+    /// Why no clone can go on with it. In this machine the device goes on all the same.
+    pub only_here: Option<String>,
 }
 
 /// All that a device needs to run.

@@ -50,6 +50,22 @@ impl PodManifest {
         self.pod.metadata.name.as_deref().unwrap_or_default()
     }
 
+    /// The same pod by another name. Its hostname stays.
+    ///
+    /// # Errors
+    /// What is wrong with the name.
+    pub fn renamed(mut self, name: &str) -> Result<Self, String> {
+        if !(names::SUBDOMAIN.fits)(name) {
+            return Err(format!("{name:?} {}", names::SUBDOMAIN.rule));
+        }
+        let hostname = self.hostname();
+        for spec in self.pod.spec.iter_mut().chain([&mut self.spec]) {
+            spec.hostname = Some(hostname.clone());
+        }
+        self.pod.metadata.name = Some(name.to_owned());
+        Ok(self)
+    }
+
     /// `metadata.namespace`, or `default`.
     #[must_use]
     pub fn namespace(&self) -> &str {

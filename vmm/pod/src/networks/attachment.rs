@@ -176,6 +176,12 @@ impl Attachment {
         &self.record.memberships
     }
 
+    /// Its ports that are the host's.
+    #[must_use]
+    pub fn ports(&self) -> &[Publication] {
+        &self.record.ports
+    }
+
     /// Somebody else's network namespace, in which the pod is to be.
     #[must_use]
     pub fn namespace(&self) -> Option<&Path> {

@@ -99,6 +99,15 @@ impl Asked {
             publication,
         }
     }
+
+    /// One that a pod had when it was put aside.
+    #[must_use]
+    pub fn by_snapshot(publication: Publication) -> Self {
+        Self {
+            origin: format!("the snapshot's port {publication}"),
+            publication,
+        }
+    }
 }
 
 impl Publication {

@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::manifest::RestartPolicy;
 use crate::metrics::PodMetrics;
+use crate::oci::MachineSize;
+use crate::snapshots::Files;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Request {
@@ -20,6 +22,8 @@ pub enum Request {
     Start {
         /// When the pod was asked for, on [`crate::timeline::now_micros`].
         requested: u64,
+        /// It goes on where it was put aside. Attached, too: state and memory of its machine.
+        restored: Option<MachineSize>,
     },
     /// Answers [`Reply::Changed`] now and whenever `state.json` has changed.
     Follow,
@@ -33,6 +37,9 @@ pub enum Request {
     Pause,
     /// Lets them go on. Answered by [`Reply::Done`].
     Resume,
+    /// Puts the pod aside; meanwhile it stands still. Attached: [`crate::snapshots::Files`]. Answered by
+    /// [`Reply::Done`] when all is in them.
+    Snapshot,
     /// Sends a signal. Answered by [`Reply::Done`].
     Kill { target: Target, signal: u32 },
     /// Runs a process. Answered by [`Reply::ExecStarted`], and at its end [`Reply::Ended`].
@@ -157,7 +164,14 @@ pub enum Refusal {
 
 impl Message for Request {
     fn descriptors(&self) -> usize {
-        usize::from(matches!(self, Self::Start { .. }))
+        match self {
+            Self::Start { restored: None, .. } => 1,
+            Self::Start {
+                restored: Some(_), ..
+            } => 3,
+            Self::Snapshot => Files::COUNT,
+            _ => 0,
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use hull_machine::client::{GuestConnection, Machine, NetSpec};
+use hull_machine::client::{GuestConnection, Machine, NetSpec, SnapshotFiles};
 use hull_machine::steps::Started;
 use hull_protocol::READY_PORT;
 use jiff::Timestamp;
@@ -243,6 +243,20 @@ impl Recipe {
             kernel, initramfs, ..
         } = &self.installation;
         let begin = Begin::Boot { kernel, initramfs };
+        self.launch(begin, console, share).await
+    }
+
+    /// Goes on with a machine that was put aside with its pod.
+    pub(super) async fn restore(
+        &self,
+        files: SnapshotFiles,
+        console: OwnedFd,
+        share: BorrowedFd<'_>,
+    ) -> Result<Launched, PodFailure> {
+        let begin = Begin::Clone {
+            files,
+            working_set: Vec::new(),
+        };
         self.launch(begin, console, share).await
     }
 

@@ -21,7 +21,7 @@ use crate::images::Image;
 use crate::logs::LogWriter;
 use crate::manifest::{PodManifest, RestartPolicy};
 use crate::oci::{self, ContainerSpec};
-use crate::state::{ContainerState, Running, Terminated, Waiting};
+use crate::state::{ContainerState, ContainerStatus, Running, Terminated, Waiting};
 use crate::supervisor::api::Size;
 use crate::text::chain;
 use crate::timeline::Mark;
@@ -41,6 +41,7 @@ pub struct Prepared {
     pub image: Image,
     pub spec: ContainerSpec,
     pub role: Role,
+    pub begin: Begin,
     /// What the names of its root file systems begin with (see [`rootfs`]). No container of the pod has
     /// had the same, whatever it was called.
     root: String,
@@ -57,9 +58,50 @@ pub enum Role {
     Joined(RestartPolicy),
 }
 
+/// Where a container begins, by its status: also one of a pod that was put aside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begin {
+    /// It is started, for this many times before.
+    Start { restart: u32 },
+    /// It runs, in a machine that was put aside.
+    Running { restart: u32, started_at: Timestamp },
+}
+
+impl Begin {
+    /// None: it has ended for good.
+    #[must_use]
+    pub fn of(status: &ContainerStatus) -> Option<Self> {
+        let restart = status.restart_count;
+        match &status.state {
+            _ if status.finished => None,
+            ContainerState::Running(running) => Some(Self::Running {
+                restart,
+                started_at: running.started_at,
+            }),
+            // It counts as restarted when it no longer waits for that.
+            ContainerState::Waiting(waiting) if waiting.reason == "CrashLoopBackOff" => {
+                Some(Self::Start {
+                    restart: restart.saturating_add(1),
+                })
+            }
+            ContainerState::Waiting(_) => Some(Self::Start { restart }),
+            ContainerState::Terminated(_) => Some(Self::Start {
+                restart: restart.saturating_add(1),
+            }),
+        }
+    }
+
+    #[must_use]
+    pub fn restart(self) -> u32 {
+        match self {
+            Self::Start { restart } | Self::Running { restart, .. } => restart,
+        }
+    }
+}
+
 impl Prepared {
     /// Makes ready all that a container needs but its machine: its specification, and its root file
-    /// system in the share, by the name `root`. Blocks.
+    /// system in the share, by the name `root`: that of a container which runs is as it was. Blocks.
     ///
     /// # Errors
     /// When manifest and image don't fit together, or the root can't be mounted.
@@ -78,9 +120,20 @@ impl Prepared {
                 container: name.clone(),
                 source,
             })?;
-        share.mount_root(&rootfs(root, 0), &image)?;
+        let begin = record
+            .read(|status| status.container(&name).and_then(Begin::of))
+            .unwrap_or(Begin::Start { restart: 0 });
+        match begin {
+            Begin::Start { restart: 0 } => share.mount_root(&rootfs(root, 0), &image)?,
+            // With its start.
+            Begin::Start { .. } => {}
+            Begin::Running { restart, .. } => share.remount_root(&rootfs(root, restart), &image)?,
+        }
         record.update_container(&name, |status| {
-            status.image.clone_from(&image.reference);
+            // What was resolved by its id keeps the name that it had.
+            if status.image_id.is_none() {
+                status.image.clone_from(&image.reference);
+            }
             status.image_id = Some(image.id.clone());
         });
         Ok(Self {
@@ -88,6 +141,7 @@ impl Prepared {
             image,
             spec,
             role,
+            begin,
             root: root.to_owned(),
         })
     }
@@ -126,10 +180,12 @@ impl Container {
         let record = &self.pod.record;
         let mut started = Some(started);
         let mut backoff = Backoff::default();
-        let mut restart = 0;
+        let mut begin = self.prepared.begin;
+        let mut restart = begin.restart();
         loop {
             let begun = Instant::now();
-            let end = self.once(restart, &mut started, attachment.take()).await?;
+            // From its end to the next `await` nobody sees a status that isn't true any more.
+            let end = self.once(begin, &mut started, attachment.take()).await?;
             let code = end.exit_code;
             let again = !self.stop.is_requested()
                 && restarts(self.pod.manifest.restart_policy(), role, code);
@@ -159,6 +215,7 @@ impl Container {
                 return Ok(code);
             }
             restart += 1;
+            begin = Begin::Start { restart };
             record.update_container(name, |container| {
                 container.last_state = Some(ContainerState::Terminated(end));
                 container.restart_count = restart;
@@ -189,13 +246,19 @@ impl Container {
     /// Starts the container once and waits for its end.
     async fn once(
         &self,
-        restart: u32,
+        begin: Begin,
         started: &mut Option<oneshot::Sender<()>>,
         attachment: Option<Attachment>,
     ) -> Result<Terminated, PodFailure> {
         let name = self.prepared.name.as_str();
         let record = &self.pod.record;
-        let output = match self.start(restart, attachment).await {
+        let restart = begin.restart();
+        let changing = self.pod.changes.read().await;
+        let begun = match begin {
+            Begin::Start { restart } => self.start(restart, attachment).await,
+            Begin::Running { restart, .. } => self.take_up(restart).await,
+        };
+        let output = match begun {
             Ok(output) => output,
             Err(StartError::Agent(AgentError::Lost)) => return Err(PodFailure::AgentLost),
             Err(error) => {
@@ -213,13 +276,23 @@ impl Container {
                 });
             }
         };
-        let started_at = Timestamp::now();
+        let (started_at, reason, message) = match begin {
+            Begin::Start { .. } => (
+                Timestamp::now(),
+                "Started",
+                format!("started container {name}"),
+            ),
+            Begin::Running { started_at, .. } => {
+                (started_at, "Restored", format!("container {name} goes on"))
+            }
+        };
         record.set_container(name, ContainerState::Running(Running { started_at }));
-        let message = format!("started container {name}");
-        record.event(EventType::Normal, "Started", Some(name), &message);
+        record.event(EventType::Normal, reason, Some(name), &message);
+        drop(changing);
         tell(started);
 
         let exit = self.wait().await?;
+        let _changing = self.pod.changes.read().await;
         // All that it has printed is in the log before anybody hears of its end.
         output.drain(self.pod.limits.drain).await;
         let end = terminated(exit, started_at);
@@ -283,6 +356,18 @@ impl Container {
         drop(step);
         timeline.mark(Mark::Exec);
         Ok(output)
+    }
+
+    /// Gives a container that runs streams again.
+    async fn take_up(&self, restart: u32) -> Result<Output, StartError> {
+        let Self { pod, prepared, .. } = self;
+        let name = prepared.name.as_str();
+        let tty = prepared.spec.tty.then_some(TERMINAL);
+        let stdio = pod.agent.open_stdio(prepared.spec.stdin, tty).await?;
+        pod.agent.attach(name, &stdio).await?;
+        let log = LogWriter::create(&pod.record.dir().container_logs(name), restart)?;
+        let timeline = pod.record.timeline().clone();
+        Output::copy(stdio, log, name, None, timeline).map_err(StartError::Log)
     }
 
     /// Waits for the process's end, and brings it about when the pod is to end.
@@ -470,6 +555,25 @@ mod tests {
         assert_eq!(end(0, false), "Completed");
         assert_eq!(end(3, false), "Error");
         assert_eq!(end(137, true), "OOMKilled");
+    }
+
+    #[test]
+    fn a_container_goes_on_where_its_status_says() {
+        let mut status = ContainerStatus::new("web", "busybox");
+        assert_eq!(Begin::of(&status), Some(Begin::Start { restart: 0 }));
+
+        status.restart_count = 2;
+        let started_at = Timestamp::UNIX_EPOCH;
+        status.state = ContainerState::Running(Running { started_at });
+        let running = Begin::Running {
+            restart: 2,
+            started_at,
+        };
+        assert_eq!(Begin::of(&status), Some(running));
+        status.state = waiting("CrashLoopBackOff", None);
+        assert_eq!(Begin::of(&status), Some(Begin::Start { restart: 3 }));
+        status.finished = true;
+        assert_eq!(Begin::of(&status), None);
     }
 
     #[test]

@@ -23,7 +23,12 @@ pub async fn serve(
     limits: Limits,
 ) -> Result<(), ChannelError> {
     static NEXT: AtomicU64 = AtomicU64::new(1);
-    let id = format!("exec-{}", NEXT.fetch_add(1, Ordering::Relaxed));
+    // The guest of a pod that was put aside may know execs of the process that had it then.
+    let id = format!(
+        "exec-{}-{}",
+        std::process::id(),
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    );
     if let Err(error) = start(agent, &id, exec, channel).await? {
         return channel.send(&refusal(&error), &[]).await;
     }

@@ -5,6 +5,7 @@
 //! leaves files, and `hull gc` removes those.
 
 pub mod api;
+mod aside;
 mod backoff;
 mod boot;
 mod console;
@@ -43,21 +44,25 @@ use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, OnceLock};
 
 use hull_machine::channel::{AsyncChannel, Channel, ChannelError, Listener, SocketError};
+use hull_machine::client::SnapshotFiles;
 use rustix::fs::Mode;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::configuration::Configuration;
 use crate::manifest::PodManifest;
 use crate::networks::{Attachment, NetworkError};
+use crate::oci;
+use crate::snapshots::Restored;
 use crate::state::{Directories, PodId, StateError, read_record};
 use crate::text::chain;
 use crate::timeline::{Place, Recorder};
 use crate::volumes::VolumeError;
 use api::Request;
+use aside::Aside;
 use pause::Pause;
-use pod::Pod;
 pub(crate) use pod::PodContext;
 pub use pod::TENANT;
+use pod::{Changes, Pod};
 use record::Record;
 use server::Service;
 use stop::Stop;
@@ -112,6 +117,7 @@ pub fn supervise(
         channel,
         lock,
         requested,
+        restored,
     } = take_over()?;
     let recorder = Recorder::begin(Some(requested));
     recorder.ended(Place::Hull, "check, claim and start", requested);
@@ -131,8 +137,8 @@ pub fn supervise(
         id,
         configuration,
         channel,
-        host_mounts,
-        maker,
+        Origin { host_mounts, maker },
+        restored,
         recorder,
     ));
     // A log that waits for its disk must not hold up the end.
@@ -145,6 +151,13 @@ struct Start {
     channel: Channel,
     lock: File,
     requested: u64,
+    restored: Option<Restored>,
+}
+
+/// What the supervisor came from, for what outlives its pod.
+struct Origin {
+    host_mounts: OwnedFd,
+    maker: Arc<Maker>,
 }
 
 /// Takes the starter's channel, and over it the pod's lock.
@@ -159,18 +172,35 @@ fn take_over() -> Result<Start, SupervisorError> {
     let null = File::open("/dev/null").map_err(io_error("opening /dev/null"))?;
     rustix::stdio::dup2_stdin(&null).map_err(|e| io_error("closing standard input")(e.into()))?;
     let received = channel.receive::<Request>();
-    let Ok(Some((Request::Start { requested }, mut descriptors))) = received else {
+    let Ok(Some((
+        Request::Start {
+            requested,
+            restored,
+        },
+        descriptors,
+    ))) = received
+    else {
         return Err(received
             .err()
             .map_or(SupervisorError::NotStarted, SupervisorError::from));
     };
-    let lock = descriptors.pop().ok_or(SupervisorError::NotStarted)?;
+    let mut descriptors = descriptors.into_iter();
+    let lock = descriptors.next().ok_or(SupervisorError::NotStarted)?;
+    // The channel has checked that there are as many as the request says.
+    let restored = match (restored, descriptors.next(), descriptors.next()) {
+        (Some(size), Some(state), Some(memory)) => Some(Restored {
+            size,
+            machine: SnapshotFiles { state, memory },
+        }),
+        _ => None,
+    };
     // Modes are meant as they are written, whatever the user's mask.
     rustix::process::umask(Mode::WGRP | Mode::WOTH);
     Ok(Start {
         channel,
         lock: lock.into(),
         requested,
+        restored,
     })
 }
 
@@ -179,10 +209,11 @@ async fn serve(
     id: &PodId,
     configuration: Configuration,
     starter: Channel,
-    host_mounts: OwnedFd,
-    maker: Arc<Maker>,
+    origin: Origin,
+    restored: Option<Restored>,
     recorder: Recorder,
 ) -> Result<(), SupervisorError> {
+    let Origin { host_mounts, maker } = origin;
     let beginning = recorder.step("begin");
     let dir = directories.pod(id);
     let manifest = read_manifest(&dir.manifest())?;
@@ -190,14 +221,28 @@ async fn serve(
     status.supervisor_pid = Some(std::process::id());
     status.network = Attachment::open(directories, &dir)?.map(|attachment| attachment.status());
     let record = Arc::new(Record::new(dir.clone(), status, recorder.clone())?);
+    let manifest = Arc::new(manifest);
+    let (size, restored) = match restored {
+        Some(restored) => (restored.size, Some(restored.machine)),
+        None => (oci::machine_size(&manifest, configuration.sizing), None),
+    };
     let stop = Stop::new(manifest.termination_grace_period());
+    let pause = Arc::new(Pause::new(Arc::clone(&record), stop.clone()));
     let service = Arc::new(Service {
+        aside: Aside {
+            changes: Changes::default(),
+            pause: Arc::clone(&pause),
+            record: Arc::clone(&record),
+            manifest: Arc::clone(&manifest),
+            size,
+            directories: directories.clone(),
+        },
         record: Arc::clone(&record),
         stop: stop.clone(),
         limits: Limits::of(&configuration),
         agent: OnceLock::new(),
         meter: OnceLock::new(),
-        pause: Arc::new(Pause::new(Arc::clone(&record), stop.clone())),
+        pause,
         joins: OnceLock::new(),
     });
 
@@ -215,7 +260,9 @@ async fn serve(
         configuration,
         host_mounts,
         maker,
-        manifest: Arc::new(manifest),
+        size,
+        restored,
+        manifest,
         record,
         stop,
         service,

@@ -79,6 +79,30 @@ impl Pause {
         Ok(())
     }
 
+    /// Does `work` with the machine while the guest stands still, as in [`Self::pause`]; then it goes on, unless it
+    /// was paused before.
+    ///
+    /// # Errors
+    /// When the guest is not up, or is to end.
+    pub async fn standing<T>(
+        &self,
+        work: impl AsyncFnOnce(&Machine) -> T,
+    ) -> Result<T, PauseError> {
+        let paused = self.hold.lock().await;
+        if self.stop.is_requested() {
+            return Err(PauseError::Ending);
+        }
+        let (machine, agent) = self.guest()?;
+        if paused.is_some() {
+            return Ok(work(&machine).await);
+        }
+        let _held = agent.hold().await;
+        machine.pause().await?;
+        let done = work(&machine).await;
+        machine.resume().await?;
+        Ok(done)
+    }
+
     /// Lets the guest go on.
     ///
     /// # Errors

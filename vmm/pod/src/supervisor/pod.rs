@@ -4,10 +4,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hull_machine::client::NetSpec;
+use hull_machine::client::{NetSpec, SnapshotFiles};
 use hull_machine::config::TapDescriptors;
 use jiff::Timestamp;
-use tokio::sync::{Mutex, oneshot};
+use tokio::sync::{Mutex, RwLock, oneshot};
 use tokio::task::JoinSet;
 
 use super::boot::{Boot, Launched, Met, Recipe, Rejected};
@@ -31,7 +31,7 @@ use crate::footprint;
 use crate::images::Store;
 use crate::manifest::PodManifest;
 use crate::network::VhostNet;
-use crate::oci;
+use crate::oci::{self, MachineSize};
 use crate::state::{ContainerState, Directories, Phase, PodStatus, Terminated, remove_tree};
 use crate::text::chain;
 use crate::timeline::{Mark, RunningStep};
@@ -53,7 +53,11 @@ pub(crate) struct PodContext {
     pub network: PodNetwork,
     pub limits: Limits,
     pub stop: Stop,
+    pub changes: Changes,
 }
+
+/// Read while a container is started, or taken away after its end; written while none may be.
+pub(crate) type Changes = Arc<RwLock<()>>;
 
 /// A pod that is to live.
 #[derive(Debug)]
@@ -63,6 +67,10 @@ pub(super) struct Pod {
     /// The mount namespace that the supervisor came from.
     pub host_mounts: OwnedFd,
     pub maker: Arc<Maker>,
+    /// Of its machine.
+    pub size: MachineSize,
+    /// It was put aside, and its machine goes on with these. None: it is new.
+    pub restored: Option<SnapshotFiles>,
     pub manifest: Arc<PodManifest>,
     pub record: Arc<Record>,
     pub stop: Stop,
@@ -153,10 +161,19 @@ impl Pod {
             }
         });
         let started = async {
+            let preparation = self.preparation(share, facts);
+            if self.restored.is_some() {
+                // The guest's files have to be there when it goes on.
+                let ground = work.begin(preparation).wait().await?;
+                let launched = self.launch(installation, share, nets, console).await?;
+                return self
+                    .meet(launched, network, async { Ok(ground) }, taps)
+                    .await;
+            }
             let launched = self.launch(installation, share, nets, console).await?;
             // Mounts in the share reach the machine's jail from here on, as they do later.
-            let ground = work.begin(self.preparation(share, facts));
-            self.meet(launched, network, ground, taps).await
+            let ground = work.begin(preparation);
+            self.meet(launched, network, ground.wait(), taps).await
         };
         let (guest, ground) = tokio::select! {
             started = started => started?,
@@ -175,7 +192,7 @@ impl Pod {
         let dir = self.record.dir().clone();
         let limit = self.service.limits.call;
         let queues = Queues {
-            vcpus: oci::machine_size(&self.manifest, self.configuration.sizing).vcpus,
+            vcpus: self.size.vcpus,
             vhost: VhostNet::of(&self.configuration)?,
         };
         let mounts = self
@@ -204,28 +221,43 @@ impl Pod {
         nets: Vec<NetSpec>,
         console: &mut Option<Console>,
     ) -> Result<Launched, PodFailure> {
-        self.progress("Booting", "starting the machine");
+        let (reason, message) = match self.restored {
+            Some(_) => ("Restoring", "going on with the machine of a snapshot"),
+            None => ("Booting", "starting the machine"),
+        };
+        self.progress(reason, message);
         let step = self.record.timeline().step("launch");
         let (reader, pipe) = Console::open(&self.record.dir().console())?;
         *console = Some(reader);
-        let boot = Boot {
-            recipe: Recipe {
-                installation: installation.clone(),
-                limits: self.service.limits,
-                size: oci::machine_size(&self.manifest, self.configuration.sizing),
-                disk_slots: 0,
-                nets,
-            },
-            console: pipe,
-            share,
-            shelf: Shelf::open(
+        let recipe = Recipe {
+            installation: installation.clone(),
+            limits: self.service.limits,
+            size: self.size,
+            disk_slots: 0,
+            nets,
+        };
+        let launched = if let Some(restored) = &self.restored {
+            let files = restored.try_clone();
+            let files = files.map_err(|source| PodFailure::Open {
+                path: "the snapshot's files".into(),
+                source,
+            })?;
+            recipe.restore(files, pipe, share.root()).await?
+        } else {
+            let shelf = Shelf::open(
                 &self.configuration,
                 self.directories.data().to_owned(),
                 TENANT,
                 &self.maker,
-            )?,
+            )?;
+            let boot = Boot {
+                recipe,
+                console: pipe,
+                share,
+                shelf,
+            };
+            boot.launch().await?
         };
-        let launched = boot.launch().await?;
         self.note_machine(&step, &launched);
         Ok(launched)
     }
@@ -250,12 +282,12 @@ impl Pod {
         &self,
         launched: Launched,
         network: &Mutex<HostNetwork>,
-        ground: Outcome<Ground>,
+        ground: impl Future<Output = Result<Ground, PodFailure>>,
         taps: Outcome<Vec<(u8, TapDescriptors)>>,
     ) -> Result<(Guest, Ground), PodFailure> {
         // The first of them that fails is the one to tell: nobody waits for the guest when an image is missing.
         let met = self.answer(launched);
-        let (met, ground, taps) = tokio::try_join!(met, ground.wait(), taps.wait())?;
+        let (met, ground, taps) = tokio::try_join!(met, ground, taps.wait())?;
         let guest = match met {
             Ok(guest) => guest,
             // Not before all is in the share, which the second machine gets as it is then.
@@ -270,13 +302,15 @@ impl Pod {
             }
         };
         let timeline = self.record.timeline();
-        let step = timeline.step("infra");
         let infra = oci::infra(&self.manifest);
-        guest.start_infra(&infra, &ground.memory_volumes).await?;
-        drop(step);
-        timeline.mark(Mark::Infra);
-        self.record
-            .event(EventType::Normal, "InfraStarted", None, "started infra");
+        if self.restored.is_none() {
+            let step = timeline.step("infra");
+            guest.start_infra(&infra, &ground.memory_volumes).await?;
+            drop(step);
+            timeline.mark(Mark::Infra);
+            self.record
+                .event(EventType::Normal, "InfraStarted", None, "started infra");
+        }
         let step = timeline.step("guest's network");
         let network = network.lock().await;
         guest.connect_network(&infra, &network, taps).await?;
@@ -297,7 +331,7 @@ impl Pod {
             Met::Answered(met) => *met,
             Met::Rejected(clone) => return Ok(Err(clone)),
         };
-        let booted = guest.template().is_none();
+        let booted = guest.template().is_none() && self.restored.is_none();
         self.record.timeline().guest(&info.clock, booted);
         self.record.update(|status| {
             status.guest_kernel = Some(info.kernel_release);
@@ -324,8 +358,10 @@ impl Pod {
             let memory_volumes = share.bind_volumes(&manifest)?;
             share.write_etc(&manifest, &network)?;
             let prepare = |container: &k8s_openapi::api::core::v1::Container, role| {
-                let reference = container.image.as_deref().unwrap_or_default();
-                let image = store.resolve(reference)?;
+                // That of a pod that was put aside stays the same, whatever its name stands for by now.
+                let id = record.read(|status| status.container(&container.name)?.image_id.clone());
+                let reference = id.as_deref().or(container.image.as_deref());
+                let image = store.resolve(reference.unwrap_or_default())?;
                 Prepared::new(
                     &manifest,
                     container,
@@ -336,14 +372,22 @@ impl Pod {
                     &record,
                 )
             };
+            let lives = |container: &&k8s_openapi::api::core::v1::Container| {
+                record.read(|status| {
+                    let status = status.container(&container.name);
+                    status.is_none_or(|status| !status.finished)
+                })
+            };
             let init = manifest
                 .init_containers()
                 .iter()
+                .filter(lives)
                 .map(|c| prepare(c, Role::Init))
                 .collect::<Result<_, _>>()?;
             let containers = manifest
                 .containers()
                 .iter()
+                .filter(lives)
                 .map(|c| prepare(c, Role::Main))
                 .collect::<Result<_, _>>()?;
             Ok(Ground {
@@ -370,6 +414,7 @@ impl Pod {
             network: guest.network(network),
             limits: self.service.limits,
             stop: self.stop.clone(),
+            changes: Arc::clone(&self.service.aside.changes),
         });
         let joins = Joins::new(&context, self.directories.data());
         // It can be set but once, and this runs but once.

@@ -8,6 +8,7 @@ use hull_machine::channel::{AsyncChannel, ChannelError, Listener};
 use tokio::sync::Semaphore;
 
 use super::api::{Refusal, Reply, Request, Target};
+use super::aside::{Aside, AsideError};
 use super::exec;
 use super::join::{self, Joins};
 use super::limits::Limits;
@@ -16,6 +17,7 @@ use super::record::Record;
 use super::stop::Stop;
 use crate::agent::{Agent, AgentError, Process};
 use crate::metrics::{Identity, Manager, Meter, PodMetrics};
+use crate::snapshots::Files;
 use crate::state::PodStatus;
 use crate::text::chain;
 
@@ -35,6 +37,7 @@ pub struct Service {
     /// As the agent.
     pub meter: OnceLock<Arc<Meter>>,
     pub pause: Arc<Pause>,
+    pub aside: Aside,
     /// There once infra lives.
     pub joins: OnceLock<Joins>,
 }
@@ -74,9 +77,9 @@ impl Service {
         let mut changes = self.record.changes();
         let mut follows = false;
         loop {
-            let request = tokio::select! {
+            let (request, descriptors) = tokio::select! {
                 received = channel.receive::<Request>() => match received? {
-                    Some((request, _)) => request,
+                    Some(received) => received,
                     None => return Ok(()),
                 },
                 changed = changes.changed(), if follows => {
@@ -99,6 +102,7 @@ impl Service {
                 }
                 Request::Pause => done(self.pause.pause().await),
                 Request::Resume => done(self.pause.resume().await),
+                Request::Snapshot => self.put_aside(descriptors).await,
                 Request::Metrics => self.measure().await,
                 // None of these would come to an end.
                 Request::Kill { .. }
@@ -135,6 +139,28 @@ impl Service {
                 },
             };
             channel.send(&reply, &[]).await?;
+        }
+    }
+
+    async fn put_aside(&self, descriptors: Vec<OwnedFd>) -> Reply {
+        let Some(files) = Files::of(descriptors) else {
+            return Reply::Refused {
+                kind: Refusal::Failed,
+                message: "a snapshot takes other files".into(),
+            };
+        };
+        match self.aside.put(files, self.limits.call).await {
+            Ok(()) => Reply::Done,
+            Err(error) => Reply::Refused {
+                kind: match error {
+                    AsideError::Starting
+                    | AsideError::Pause(PauseError::NotUp | PauseError::Ending) => {
+                        Refusal::NotRunning
+                    }
+                    _ => Refusal::Failed,
+                },
+                message: chain(&error),
+            },
         }
     }
 
@@ -270,8 +296,24 @@ mod tests {
         let listener = Listener::bind(&dir.socket()).unwrap();
         let record = Arc::new(Record::new(dir.clone(), status, Recorder::begin(None)).unwrap());
         let stop = Stop::new(Duration::from_secs(30));
+        let pause = Arc::new(Pause::new(Arc::clone(&record), stop.clone()));
+        let manifest = "{apiVersion: v1, kind: Pod, metadata: {name: web}, spec: {containers: [{name: one, image: busybox}]}}";
+        let manifest = crate::manifest::parse("p.yaml", manifest)
+            .unwrap()
+            .remove(0);
         let service = Arc::new(Service {
-            pause: Arc::new(Pause::new(Arc::clone(&record), stop.clone())),
+            aside: Aside {
+                changes: crate::supervisor::pod::Changes::default(),
+                pause: Arc::clone(&pause),
+                record: Arc::clone(&record),
+                manifest: Arc::new(manifest),
+                size: crate::oci::MachineSize {
+                    vcpus: 1,
+                    memory_mib: 256,
+                },
+                directories: registry.directories().clone(),
+            },
+            pause,
             record,
             stop,
             limits: Limits::of(&Configuration::default()),
@@ -357,6 +399,21 @@ mod tests {
 
         assert_not_running(client.pause().await);
         assert_not_running(client.resume().await);
+    }
+
+    #[tokio::test]
+    async fn what_is_not_up_is_not_put_aside() {
+        let (root, service, client, _lock) = pod();
+        let directory = root.path().join("snapshot");
+        let unfinished = crate::snapshots::Unfinished::begin(&directory).unwrap();
+
+        assert_not_running(client.snapshot(&unfinished.files().unwrap()).await);
+        service
+            .record
+            .update(|status| status.phase = Phase::Running);
+        drop(unfinished);
+        let unfinished = crate::snapshots::Unfinished::begin(&directory).unwrap();
+        assert_not_running(client.snapshot(&unfinished.files().unwrap()).await);
     }
 
     #[tokio::test]

@@ -31,8 +31,10 @@ impl Layers {
     pub fn prepare(directory: &Path, layers: &[PathBuf]) -> io::Result<Self> {
         let make = |name: &str| -> io::Result<PathBuf> {
             let path = directory.join(name);
-            std::fs::create_dir(&path)?;
-            Ok(path)
+            match std::fs::create_dir(&path) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+                _ => Ok(path),
+            }
         };
         let mut lower = layers
             .iter()
@@ -43,9 +45,12 @@ impl Layers {
             // An image may have no layers; an overlay has at least one.
             lower.push(open(&make("empty")?)?);
         }
+        let is_new = !directory.join("upper").exists();
         let upper = open(&make("upper")?)?;
-        // The upper directory's owner and mode are those of the root.
-        rustix::fs::fchmod(&reopen(&upper)?, Mode::from_raw_mode(0o755))?;
+        if is_new {
+            // The upper directory's owner and mode are those of the root.
+            rustix::fs::fchmod(&reopen(&upper)?, Mode::from_raw_mode(0o755))?;
+        }
         Ok(Self {
             lower,
             upper,

@@ -155,6 +155,21 @@ impl Share {
         let directory = self.root_data(name)?;
         remove_tree(&directory).doing(doing)?;
         private_directory(&directory).doing(doing)?;
+        self.remount_root(name, image)
+    }
+
+    /// The same with what has been written in it, which is on the pod's disk.
+    ///
+    /// # Errors
+    /// When a directory or mount can't be made.
+    pub fn remount_root(&self, name: &str, image: &Image) -> Result<(), VolumeError> {
+        let doing = || {
+            format!(
+                "mounting the root file system {name} of {}",
+                image.reference
+            )
+        };
+        let directory = self.root_data(name)?;
         let overlay = Layers::prepare(&directory, &image.layers).doing(doing)?;
         let tree = overlay.mount().doing(doing)?;
         let place = format!("{ROOTS}/{name}");
@@ -249,9 +264,14 @@ impl Share {
     fn empty_dir(&self, manifest: &PodManifest, name: &str) -> Result<OwnedFd, VolumeError> {
         let path = self.data.join("emptydir").join(name);
         let doing = || format!("making emptyDir {}", path.display());
+        // A pod that was put aside has it, as its containers have left it.
+        let is_there = path.is_dir();
         private_directory(&path).doing(doing)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let directory = rustix::fs::openat(CWD, &path, flags, Mode::empty()).doing(doing)?;
+        if is_there {
+            return Ok(directory);
+        }
         let group = manifest
             .spec()
             .security_context

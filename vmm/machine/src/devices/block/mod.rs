@@ -214,6 +214,7 @@ impl VirtioDevice for Block {
             positions: worker.map(Worker::suspend).unwrap_or_default(),
             // A driver whose disk is another when it goes on has to hear of that.
             state: self.slot.sectors().to_le_bytes().to_vec(),
+            only_here: None,
         })
     }
 

@@ -5,12 +5,15 @@
 //! (CVE-2026-47243 is what becomes of it otherwise).
 
 use std::ffi::CStr;
+use std::fs::File;
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use virtiofsd::filesystem::{
     Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
-    SetattrValid, SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
+    SerializableFileSystem, SetattrValid, SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
 };
 use virtiofsd::fuse;
 
@@ -30,7 +33,12 @@ impl<F> Checked<F> {
 ///
 /// The last two could only be looked up under export support (`FUSE_EXPORT_SUPPORT`), which is not offered.
 fn name(name: &CStr) -> io::Result<()> {
-    let errno = match name.to_bytes() {
+    is_name(name.to_bytes())
+}
+
+/// The same, of bytes.
+pub(super) fn is_name(name: &[u8]) -> io::Result<()> {
+    let errno = match name {
         b"" => libc::ENOENT,
         long if long.len() > MAX_NAME => libc::ENAMETOOLONG,
         b"." | b".." => libc::EINVAL,
@@ -242,5 +250,20 @@ impl<F: FileSystem> FileSystem for Checked<F> {
             kill_priv,
             flags,
         )
+    }
+}
+
+/// What is put down is looked at by [`super::known`].
+impl<F: SerializableFileSystem> SerializableFileSystem for Checked<F> {
+    fn prepare_serialization(&self, cancel: Arc<AtomicBool>) {
+        self.0.prepare_serialization(cancel);
+    }
+
+    fn serialize(&self, state_pipe: File) -> io::Result<()> {
+        self.0.serialize(state_pipe)
+    }
+
+    fn deserialize_and_apply(&self, state_pipe: File) -> io::Result<()> {
+        self.0.deserialize_and_apply(state_pipe)
     }
 }

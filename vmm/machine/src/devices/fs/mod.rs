@@ -6,6 +6,8 @@
 //! message.rs     one FUSE message: checked, answered whatever comes
 //! server.rs      what answers messages: a trait, and the file server behind it
 //! checked.rs     refuses bad names and offsets before the file server sees them
+//! known.rs       what a guest knows by number, in a snapshot: checked, too
+//! aside.rs       puts that down, and takes it up in a clone
 //! mapping.rs     guest memory as the file server wants it typed
 //! ```
 //!
@@ -37,12 +39,14 @@
 //! `preadv2`, `pwritev2`, `fallocate`, `ftruncate`, `fsync`, `fdatasync`, `syncfs`, `copy_file_range`, `fchdir`,
 //! `fchmod`, `fchmodat`, `fchownat`, `utimensat`, `linkat`, `symlinkat`, `readlinkat`, `mkdirat`, `mknodat`,
 //! `unlinkat`, `renameat2`, `fgetxattr`, `fsetxattr`, `flistxattr`, `fremovexattr`, `getxattr`, `setxattr`, `listxattr`,
-//! `removexattr`, `geteuid`, `getegid`, `setresuid`, `setresgid`, `setgroups`, `capget`, `capset`, `prctl` (libcap-ng:
+//! `removexattr`, `pipe2`, `name_to_handle_at` (both for a snapshot), `geteuid`, `getegid`, `setresuid`, `setresgid`, `setgroups`, `capget`, `capset`, `prctl` (libcap-ng:
 //! `PR_CAPBSET_READ`, `PR_CAP_AMBIENT`, `PR_GET_NO_NEW_PRIVS`), `gettid`, `getpid`.
 //! Capabilities in its user namespace: `CHOWN`, `DAC_OVERRIDE`, `FOWNER`, `FSETID`, `SETUID`, `SETGID`, `MKNOD`,
 //! `SETFCAP`; `setgroups` must not be denied there.
 
+mod aside;
 mod checked;
+mod known;
 mod mapping;
 mod message;
 mod pool;
@@ -162,20 +166,20 @@ impl FileSystem {
 }
 
 impl FileSystem {
-    /// Whether the guest goes on with this share as if it were the one that it knows.
-    fn check(&self, state: &[u8]) -> io::Result<()> {
+    /// Has the guest go on with this share as if it were the one that it knows.
+    fn go_on(&self, state: &[u8]) -> io::Result<()> {
         let refused = |why| Err(io::Error::new(io::ErrorKind::InvalidData, why));
-        let Some((in_session, config_space)) = state.split_first() else {
+        let Some((config_space, known)) = state.split_first_chunk() else {
             return refused("no state");
         };
         if *config_space != self.config_space {
             return refused("its tag or the number of its queues is another");
         }
-        // A clone's server knows nothing of the inodes and files of the first one's.
-        if *in_session != u8::from(self.server.is_in_session()) {
-            return refused("the guest had mounted it");
+        // In the machine itself the server has not forgotten anything.
+        if self.server.is_in_session() || known.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        self.server.take_up(known)
     }
 }
 
@@ -204,7 +208,7 @@ impl VirtioDevice for FileSystem {
 
     fn activate(&mut self, activation: Activation) -> io::Result<()> {
         if let Some(state) = &activation.resumed {
-            self.check(state)?;
+            self.go_on(state)?;
         }
         let memory = Arc::new(FileServerMemory::new(&activation.memory)?);
         let event_idx = activation.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
@@ -240,9 +244,19 @@ impl VirtioDevice for FileSystem {
 
     fn suspend(&mut self) -> io::Result<Suspended> {
         let positions = self.running.drain(..).flat_map(Pool::suspend).collect();
-        let mut state = vec![u8::from(self.server.is_in_session())];
-        state.extend(self.config_space);
-        Ok(Suspended { positions, state })
+        let mut state = self.config_space.to_vec();
+        let mut only_here = None;
+        if self.server.is_in_session() {
+            match self.server.put_down() {
+                Ok(known) => state.extend(known),
+                Err(error) => only_here = Some(error.to_string()),
+            }
+        }
+        Ok(Suspended {
+            positions,
+            state,
+            only_here,
+        })
     }
 
     fn reset(&mut self) {

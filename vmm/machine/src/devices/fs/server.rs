@@ -7,11 +7,12 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use virtiofsd::descriptor_utils::{Reader, Writer};
-use virtiofsd::filesystem::FileSystem;
+use virtiofsd::filesystem::{FileSystem, SerializableFileSystem};
 use virtiofsd::passthrough::read_only::PassthroughFsRo;
 use virtiofsd::passthrough::{self, NegotiationMode, PassthroughFs};
 use virtiofsd::server::Server;
 
+use super::aside::{self, Place};
 use super::checked::Checked;
 use super::{FsConfig, FsError};
 use crate::config::CachePolicy;
@@ -35,6 +36,18 @@ pub(super) trait MessageServer: Send + Sync {
 
     /// Whether a guest has a session: inodes and files that it knows by number.
     fn is_in_session(&self) -> bool;
+
+    /// What the guest knows by number. No message is under way.
+    ///
+    /// # Errors
+    /// When another server could not go on with it; says why.
+    fn put_down(&self) -> io::Result<Vec<u8>>;
+
+    /// Goes on with a session that another server has put down. There has been none here.
+    ///
+    /// # Errors
+    /// When that can't be.
+    fn take_up(&self, known: &[u8]) -> io::Result<()>;
 }
 
 /// What a message does to the session between guest and server.
@@ -69,6 +82,11 @@ pub(super) fn open(config: FsConfig) -> Result<Arc<dyn MessageServer>, FsError> 
         CachePolicy::Auto => (AUTO_TIMEOUT, passthrough::CachePolicy::Auto),
         CachePolicy::Always => (ALWAYS_TIMEOUT, passthrough::CachePolicy::Always),
     };
+    let descriptors = config.proc_self_fd.try_clone().map_err(failed)?;
+    let place = Arc::new(Place {
+        root: config.root.clone(),
+        descriptors,
+    });
     let options = passthrough::Config {
         entry_timeout: timeout,
         attr_timeout: timeout,
@@ -91,17 +109,18 @@ pub(super) fn open(config: FsConfig) -> Result<Arc<dyn MessageServer>, FsError> 
         ..passthrough::Config::default()
     };
     Ok(if config.read_only {
-        Arc::new(Virtiofsd::new(
-            PassthroughFsRo::new(options).map_err(failed)?,
-        ))
+        let server = PassthroughFsRo::new(options).map_err(failed)?;
+        Arc::new(Virtiofsd::new(server, place))
     } else {
-        Arc::new(Virtiofsd::new(PassthroughFs::new(options).map_err(failed)?))
+        let server = PassthroughFs::new(options).map_err(failed)?;
+        Arc::new(Virtiofsd::new(server, place))
     })
 }
 
 /// The library's server.
 struct Virtiofsd<F: FileSystem + Sync> {
-    server: Server<Checked<F>>,
+    server: Arc<Server<Checked<F>>>,
+    place: Arc<Place>,
     /// Starting a session clears all tables and fills in the root, in steps: the library trusts a guest not to
     /// do that twice at once, nor beside other requests.
     session: RwLock<()>,
@@ -109,16 +128,19 @@ struct Virtiofsd<F: FileSystem + Sync> {
 }
 
 impl<F: FileSystem + Sync> Virtiofsd<F> {
-    fn new(file_system: F) -> Self {
+    fn new(file_system: F, place: Arc<Place>) -> Self {
         Self {
-            server: Server::new(Checked::new(file_system)),
+            server: Arc::new(Server::new(Checked::new(file_system))),
+            place,
             session: RwLock::new(()),
             in_session: AtomicBool::new(false),
         }
     }
 }
 
-impl<F: FileSystem + Send + Sync> MessageServer for Virtiofsd<F> {
+impl<F: FileSystem + SerializableFileSystem + Send + Sync + 'static> MessageServer
+    for Virtiofsd<F>
+{
     fn serve(
         &self,
         session: Session,
@@ -152,5 +174,17 @@ impl<F: FileSystem + Send + Sync> MessageServer for Virtiofsd<F> {
 
     fn is_in_session(&self) -> bool {
         self.in_session.load(Ordering::Relaxed)
+    }
+
+    fn put_down(&self) -> io::Result<Vec<u8>> {
+        let _alone = self.session.write().unwrap_or_else(PoisonError::into_inner);
+        aside::put_down(Arc::clone(&self.server), &self.place)
+    }
+
+    fn take_up(&self, known: &[u8]) -> io::Result<()> {
+        let _alone = self.session.write().unwrap_or_else(PoisonError::into_inner);
+        aside::take_up(Arc::clone(&self.server), &self.place, known)?;
+        self.in_session.store(true, Ordering::Relaxed);
+        Ok(())
     }
 }

@@ -269,6 +269,7 @@ impl VirtioDevice for Mem {
             positions,
             // A driver that goes on where something else is asked for has to hear of that.
             state: state.blocks.requested().to_le_bytes().to_vec(),
+            only_here: None,
         })
     }
 

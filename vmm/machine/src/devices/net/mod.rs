@@ -319,6 +319,7 @@ impl VirtioDevice for Net {
         Ok(Suspended {
             positions,
             state: vec![u8::try_from(in_use).unwrap_or(1), u8::from(up)],
+            only_here: None,
         })
     }
 

@@ -205,6 +205,7 @@ impl VirtioDevice for Vsock {
         Ok(Suspended {
             positions,
             state: Vec::new(),
+            only_here: None,
         })
     }
 

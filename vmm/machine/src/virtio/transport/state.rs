@@ -65,12 +65,15 @@ impl Transport {
     /// Has the device stand still, if a driver is at work with it, and tells what there is to go on with.
     ///
     /// # Errors
-    /// When the device can't go on. Then its driver has to reset it.
+    /// When the device can't go on, and its driver has to reset it; or when it can go on in this machine only.
     pub fn suspend(&mut self) -> std::io::Result<TransportState> {
         if self.suspended.is_none() && self.is_running() {
             self.suspended = Some(self.device.suspend()?);
         }
         let suspended = self.suspended.clone().unwrap_or_default();
+        if let Some(why) = suspended.only_here {
+            return Err(std::io::Error::other(why));
+        }
         let queues = (0..self.kicks.len())
             .filter_map(|index| self.queue_state(index, &suspended.positions))
             .collect();
@@ -157,6 +160,7 @@ impl Transport {
         self.suspended = Some(Suspended {
             positions: positions(&state.queues),
             state: state.device,
+            only_here: None,
         });
         self.go_on()
             .map_err(|error| RestoreError::Start(error.to_string()))?;

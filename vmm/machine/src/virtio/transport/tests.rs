@@ -67,6 +67,7 @@ impl VirtioDevice for Device {
         Ok(Suspended {
             positions: queues.map(ActiveQueue::position).collect(),
             state: vec![42],
+            only_here: None,
         })
     }
 

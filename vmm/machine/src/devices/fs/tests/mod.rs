@@ -2,6 +2,7 @@
 
 mod files;
 mod hostile;
+mod snapshots;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -85,8 +86,25 @@ impl Guest {
         guest
     }
 
+    /// Has the device stand still, and gives what there is to go on with.
+    fn suspend(&mut self) -> Suspended {
+        self.device.suspend().unwrap()
+    }
+
+    /// Goes on with another device, of this share.
+    fn go_on(&mut self, share: &Path, state: Vec<u8>) -> io::Result<()> {
+        self.device = FileSystem::new(config(share, false)).unwrap();
+        self.activate(Some(state))
+    }
+
     /// Activates the device and mounts.
     fn boot(&mut self) {
+        self.activate(None).unwrap();
+        self.mount();
+    }
+
+    /// Activates the device, on empty queues.
+    fn activate(&mut self, resumed: Option<Vec<u8>>) -> io::Result<()> {
         self.requests = DriverQueue::new(&self.memory, 0x1_0000, 64);
         self.memory
             .write_slice(&[0; 0x4000], GuestAddress(0x1_0000))
@@ -96,10 +114,9 @@ impl Guest {
             features: self.device.features(),
             queues: vec![self._priority.activate(0), self.requests.activate(1)],
             config_interrupt: Interrupts::new(),
-            resumed: None,
+            resumed,
         };
-        self.device.activate(activation).unwrap();
-        self.mount();
+        self.device.activate(activation)
     }
 
     /// Starts a session; returns the flags that both know.
