@@ -262,7 +262,7 @@ fn what_is_no_snapshot_is_refused() {
         .unwrap();
     let length = memory.metadata().unwrap().len();
 
-    memory.set_len(length - 4096).unwrap();
+    memory.set_len(length + 4096).unwrap();
     assert!(refused(&hull, &["restore", path], 1).contains("memory has"));
     memory.set_len(length).unwrap();
 

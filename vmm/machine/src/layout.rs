@@ -4,7 +4,6 @@
 //! 0                          RAM (low)
 //! 0xC000_0000  MMIO gap      32-bit PCI BAR window, 512 MiB
 //! 0xE000_0000                PCI ECAM, one bus, 1 MiB
-//! 0xFEC0_0000                IOAPIC
 //! 0xFEE0_0000                local APIC (KVM's)
 //! 0xFFFB_C000                KVM's TSS and identity map (Intel)
 //! 0x1_0000_0000              RAM (high)
@@ -55,11 +54,6 @@ pub const PCI_ECAM_START: u64 = 0xE000_0000;
 /// 32 devices of 8 functions of 4 KiB.
 pub const PCI_ECAM_SIZE: u64 = 0x10_0000;
 
-/// IOAPIC, of one pin, where the architecture has it.
-pub const IOAPIC: u64 = 0xFEC0_0000;
-/// Its size in bytes.
-pub const IOAPIC_SIZE: u64 = 0x1000;
-
 /// Local APIC, where the architecture has it.
 pub const LOCAL_APIC: u64 = 0xFEE0_0000;
 
@@ -82,9 +76,6 @@ pub const CMDLINE_MAX: usize = 2048;
 pub const CONVENTIONAL_END: u64 = 0xA_0000;
 /// RSDP; the other ACPI tables follow. In the BIOS area, which is reserved in the memory map.
 pub const ACPI_START: u64 = 0xE_0000;
-/// The generation's identifier, of 16 bytes: 8-byte aligned, in reserved memory that no table reaches (Virtual Machine
-/// Generation ID, 2012).
-pub const GENERATION_ID: u64 = 0xF_FF00;
 /// Where a jump to the BIOS in real mode leads (segment 0xFFFF, offset 0); no table reaches it.
 pub const BIOS_ENTRY: u64 = 0xF_FFF0;
 /// End of the BIOS area.
@@ -112,7 +103,6 @@ mod tests {
         let gap = [
             (PCI_MMIO32_START, PCI_MMIO32_SIZE),
             (PCI_ECAM_START, PCI_ECAM_SIZE),
-            (IOAPIC, IOAPIC_SIZE),
             (LOCAL_APIC, 0x1000),
             (KVM_IDENTITY_MAP, 0x1000),
             (KVM_TSS, 0x3000),
@@ -133,8 +123,7 @@ mod tests {
             (PVH_MEMMAP, 0x1000),
             (CMDLINE, CMDLINE_MAX as u64),
             (CONVENTIONAL_END, 0),
-            (ACPI_START, GENERATION_ID - ACPI_START),
-            (GENERATION_ID, 16),
+            (ACPI_START, BIOS_ENTRY - ACPI_START),
             (BIOS_ENTRY, ACPI_END - BIOS_ENTRY),
             (HIGH_MEMORY, 0),
         ];

@@ -21,7 +21,7 @@ use kvm_ioctls::VmFd;
 use rustix::process::{Resource, getrlimit};
 use vm_memory::{Address, GuestAddress, GuestMemory};
 
-use crate::boot::{acpi, generation, kernel, pvh, reset};
+use crate::boot::{acpi, kernel, pvh, reset};
 use crate::config::{
     BlockConfig, BootConfig, FdIndex, MachineConfig, NetConfig, ShareConfig, Start, TapConfig,
     TapDescriptors,
@@ -43,14 +43,12 @@ use crate::kvm::cpuid::address_bits;
 use crate::kvm::ending::Ending;
 use crate::kvm::gate::Gate;
 use crate::kvm::interrupts::KvmPlatform;
-use crate::kvm::io_apic::IoApic;
 use crate::kvm::slots::KvmSlots;
 use crate::kvm::state::{ClockState, KvmState, VcpuState};
 use crate::kvm::vcpu::{Created, Mmio, Running, States, Vcpu};
 use crate::kvm::vm::{KvmError, Vm};
 use crate::layout::{PCI_MMIO64_SIZE, pci_mmio64_start};
 use crate::memory::{self, GuestRam, MemoryError, working_set};
-use crate::pci::platform::Platform;
 use crate::pci::{PciError, PciRoot, RestoreBusError};
 use crate::snapshot::format::ReadError;
 use crate::snapshot::{self, MachineState, SnapshotError};
@@ -96,8 +94,6 @@ pub enum BuildError {
     Pvh(#[from] pvh::PvhError),
     #[error("writing the reset code to guest memory")]
     Reset(#[source] vm_memory::GuestMemoryError),
-    #[error("writing the generation's identifier to guest memory")]
-    Generation(#[source] generation::GenerationError),
     #[error("describing the machine to the kernel")]
     Acpi(#[from] acpi::AcpiError),
     #[error("reading the snapshot")]
@@ -146,7 +142,7 @@ impl Descriptors {
 pub struct Machine {
     ending: Ending,
     gate: Gate,
-    bus: Arc<Bus>,
+    pci: Arc<PciRoot>,
     vsock: Option<VsockHandle>,
     blocks: Vec<BlockHandle>,
     nets: Vec<NetHandle>,
@@ -216,8 +212,7 @@ impl Machine {
             Mem::new(managed, Box::new(slots))
         });
         let platform = Arc::new(KvmPlatform::new(Arc::clone(vm.fd())));
-        let io_apic = IoApic::new(&*platform).map_err(device_error("IOAPIC"))?;
-        let pci = PciRoot::new(memory.clone(), Arc::clone(&platform) as Arc<dyn Platform>);
+        let pci = PciRoot::new(memory.clone(), platform);
         let (pci, handles) = add_devices(
             pci,
             config,
@@ -254,25 +249,16 @@ impl Machine {
         }
         let mut off = Vec::new();
         let mut memory_mib = config.memory_mib;
-        let cloned = state.is_some();
         if let Some(state) = state.take() {
             memory_mib = state.memory_mib;
             off.extend(state.kvm.vcpus.into_iter().skip(vcpus.len()));
-            // KVM is told of all interrupts by the bus, at once.
-            platform.hold();
-            io_apic.restore(state.io_apic);
             pci.restore(state.bus)?;
             steps.end("devices' state");
-        }
-        generation::renew(&memory).map_err(BuildError::Generation)?;
-        // Told to a clone before any of its processors runs. A machine that boots has nothing to compare it with.
-        if cloned {
-            io_apic.pulse().map_err(device_error("IOAPIC"))?;
         }
         Ok(Self {
             ending: Ending::new().map_err(BuildError::Event)?,
             gate: Gate::default(),
-            bus: Arc::new(Bus { pci, io_apic }),
+            pci: Arc::new(pci),
             vsock: handles.vsock,
             blocks: handles.blocks,
             nets: handles.nets,
@@ -299,7 +285,7 @@ impl Machine {
     /// When a thread can't be made. The machine has ended then.
     pub fn start(&mut self) -> Result<(), StartError> {
         for vcpu in self.ready.drain(..) {
-            let mmio = Arc::clone(&self.bus) as Arc<dyn Mmio>;
+            let mmio = Arc::clone(&self.pci) as Arc<dyn Mmio>;
             let running = vcpu
                 .start(
                     mmio,
@@ -402,7 +388,7 @@ impl Machine {
     /// Lets the processors go on, and the devices, if they stand still.
     pub fn resume(&mut self) {
         if std::mem::take(&mut self.aside.suspended) {
-            self.bus.pci.resume();
+            self.pci.resume();
         }
         self.gate.open();
     }
@@ -418,7 +404,7 @@ impl Machine {
             return Err(SnapshotError::Ended);
         }
         self.aside.suspended = true;
-        let bus = self.bus.pci.suspend()?;
+        let bus = self.pci.suspend()?;
         // Now that the driver's last request is answered.
         let plugged_mib = self.mem.as_ref().map_or(0, |mem| mem.added().plugged_mib);
         if plugged_mib > 0 {
@@ -430,7 +416,6 @@ impl Machine {
             memory_mib: self.aside.memory_mib,
             memory_device_mib: self.aside.memory_device_mib,
             kvm,
-            io_apic: self.bus.io_apic.state(),
             bus,
         };
         Ok(snapshot::format::write(state, &machine)?)
@@ -481,29 +466,19 @@ impl Machine {
         for vcpu in self.running {
             vcpu.join();
         }
-        self.bus.pci.stop();
+        self.pci.stop();
         reason
     }
 }
 
-/// All that a processor's thread sees besides RAM.
-#[derive(Debug)]
-struct Bus {
-    pci: PciRoot,
-    io_apic: IoApic,
-}
-
-impl Mmio for Bus {
+/// All that a processor's thread sees besides RAM is the PCI bus.
+impl Mmio for PciRoot {
     fn read(&self, address: u64, data: &mut [u8]) {
-        if !self.io_apic.read(address, data) {
-            self.pci.mmio_read(address, data);
-        }
+        self.mmio_read(address, data);
     }
 
     fn write(&self, address: u64, data: &[u8]) {
-        if !self.io_apic.write(address, data) {
-            self.pci.mmio_write(address, data);
-        }
+        self.mmio_write(address, data);
     }
 }
 

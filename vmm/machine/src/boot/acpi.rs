@@ -1,18 +1,15 @@
 //! The ACPI tables: hardware-reduced, and only what this machine has.
 //!
-//! ACPI 6.5. No interrupt controller but the local APICs and an IOAPIC of one pin, no fixed hardware but the
-//! sleep and reset registers; devices are the PCI root, pvpanic, and the generation's identifier with the event
-//! device (section 5.6.9) that says when it has changed.
+//! ACPI 6.5. No interrupt controller but the local APICs, no fixed hardware but the
+//! sleep and reset registers; devices are the PCI root and pvpanic.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Method,
-    Name, Notify, Package, Path, ResourceTemplate, Scope,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Memory32Fixed, Name, Package,
+    ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{self, AccessSize, GAS};
-use acpi_tables::madt::{
-    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
-};
+use acpi_tables::madt::{EnabledStatus, LocalInterruptController, MADT, ProcessorLocalApic};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
@@ -22,8 +19,8 @@ use vm_memory::{Address, Bytes, GuestAddress};
 
 use crate::layout::{
     ACPI_RESET_PORT, ACPI_RESET_VALUE, ACPI_SLEEP_CONTROL_PORT, ACPI_SLEEP_STATUS_PORT, ACPI_START,
-    GENERATION_ID, IOAPIC, LOCAL_APIC, PCI_ECAM_SIZE, PCI_ECAM_START, PCI_MMIO32_SIZE,
-    PCI_MMIO32_START, PCI_MMIO64_SIZE, PVPANIC_PORT,
+    BIOS_ENTRY, LOCAL_APIC, PCI_ECAM_SIZE, PCI_ECAM_START, PCI_MMIO32_SIZE, PCI_MMIO32_START,
+    PCI_MMIO64_SIZE, PVPANIC_PORT,
 };
 use crate::memory::GuestRam;
 
@@ -36,8 +33,6 @@ pub const S5_SLEEP_TYPE: u8 = 5;
 
 // These lie below 4 GiB, as the tables' 32-bit fields want.
 const LOCAL_APIC_32: u32 = below_4g(LOCAL_APIC);
-const IOAPIC_32: u32 = below_4g(IOAPIC);
-const GENERATION_ID_32: u32 = below_4g(GENERATION_ID);
 const ECAM_32: u32 = below_4g(PCI_ECAM_START);
 const ECAM_SIZE_32: u32 = below_4g(PCI_ECAM_SIZE);
 const MMIO32_FIRST: u32 = below_4g(PCI_MMIO32_START);
@@ -55,11 +50,6 @@ const fn below_4g(value: u64) -> u32 {
 /// IA-PC boot architecture flags (table 5.10): no VGA, no ASPM control, no CMOS clock;
 /// bits 0 and 1, for legacy devices and a keyboard controller, stay clear.
 const BOOT_ARCHITECTURE: u16 = 1 << 2 | 1 << 4 | 1 << 5;
-
-/// The IOAPIC's pin, by which an event is told: past those that Linux takes to be ISA's, whatever is there.
-const EVENT_INTERRUPT: u32 = 16;
-/// Of the generation's identifier: it has changed.
-const CHANGED: u8 = 0x80;
 
 /// Why the tables can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -102,7 +92,7 @@ impl Area<'_> {
     fn place(&mut self, table: &[u8]) -> Result<GuestAddress, AcpiError> {
         let start = GuestAddress(self.next.raw_value().next_multiple_of(16));
         let end = start.unchecked_add(table.len() as u64);
-        if end.raw_value() > GENERATION_ID {
+        if end.raw_value() > BIOS_ENTRY {
             return Err(AcpiError::Size(end.raw_value() - ACPI_START));
         }
         self.memory
@@ -154,7 +144,6 @@ fn madt(vcpus: u8) -> impl Aml {
     for id in 0..vcpus {
         madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
-    madt.add_structure(IoApic::new(0, IOAPIC_32, EVENT_INTERRUPT));
     madt
 }
 
@@ -226,35 +215,7 @@ fn definition_block(mmio64_start: u64) -> Vec<u8> {
         vec![&panic_id, &panic_status, &panic_resources],
     );
 
-    let generation_id = Name::new("_HID".into(), &"VMGENCTR");
-    let generation_compatible = Name::new("_CID".into(), &"VM_Gen_Counter");
-    let generation_name = Name::new("_DDN".into(), &"VM_Gen_Counter");
-    let address = Package::new(vec![&GENERATION_ID_32, &0_u32]);
-    let address = Name::new("ADDR".into(), &address);
-    let generation = Device::new(
-        "VGEN".into(),
-        vec![
-            &generation_id,
-            &generation_compatible,
-            &generation_name,
-            &address,
-        ],
-    );
-
-    let events_id = Name::new("_HID".into(), &"ACPI0013");
-    let pin = Interrupt::new(true, true, false, false, EVENT_INTERRUPT);
-    let pin = ResourceTemplate::new(vec![&pin]);
-    let events_resources = Name::new("_CRS".into(), &pin);
-    let generation_path = Path::new("\\_SB_.VGEN");
-    let notify = Notify::new(&generation_path, &CHANGED);
-    let event = Method::new("_EVT".into(), 1, true, vec![&notify]);
-    let events = Device::new(
-        "GED0".into(),
-        vec![&events_id, &unique, &events_resources, &event],
-    );
-
-    let devices: Vec<&dyn Aml> = vec![&root, &board, &panic, &generation, &events];
-    let mut block = bytes(&Scope::new("_SB_".into(), devices));
+    let mut block = bytes(&Scope::new("_SB_".into(), vec![&root, &board, &panic]));
     let power_off = Package::new(vec![&S5_SLEEP_TYPE, &0_u8, &0_u8, &0_u8]);
     block.extend(bytes(&Name::new("_S5_".into(), &power_off)));
     block
@@ -330,15 +291,15 @@ mod tests {
     }
 
     #[test]
-    fn the_madt_has_a_local_apic_for_each_processor_and_the_one_pin() {
+    fn the_madt_has_a_local_apic_for_each_processor_and_nothing_else() {
         let memory = memory::allocate(64).unwrap();
 
         write(&memory, 64, MMIO64).unwrap();
 
         let madt = &tables(&memory)[1];
-        let (processors, rest) = madt[44..].split_at(64 * 8);
-        assert_eq!(processors[63 * 8..], [0, 8, 63, 63, 1, 0, 0, 0]);
-        assert_eq!(rest, [1, 12, 0, 0, 0, 0, 0xC0, 0xFE, 16, 0, 0, 0]);
+        let entries: Vec<_> = madt[44..].chunks_exact(8).collect();
+        assert_eq!(entries.len(), 64);
+        assert_eq!(entries[63], [0, 8, 63, 63, 1, 0, 0, 0]);
     }
 
     #[test]
@@ -367,7 +328,7 @@ mod tests {
             })
             .collect();
 
-        assert_eq!(devices, [b"PCI0", b"MBRD", b"PEVT", b"VGEN", b"GED0"]);
+        assert_eq!(devices, [b"PCI0", b"MBRD", b"PEVT"]);
     }
 
     #[test]
@@ -375,10 +336,10 @@ mod tests {
         let memory = memory::allocate(64).unwrap();
         let mut area = Area {
             memory: &memory,
-            next: GuestAddress(GENERATION_ID - 16),
+            next: GuestAddress(BIOS_ENTRY - 16),
         };
 
         assert!(area.place(&[0; 16]).is_ok());
-        assert!(matches!(area.place(&[0]), Err(AcpiError::Size(0x1_FF01))));
+        assert!(matches!(area.place(&[0]), Err(AcpiError::Size(0x1_FFF1))));
     }
 }

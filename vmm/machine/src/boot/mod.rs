@@ -1,7 +1,6 @@
 //! What stands in guest memory before the first instruction: kernel, initramfs, tables.
 
 pub mod acpi;
-pub mod generation;
 pub mod kernel;
 pub mod pvh;
 pub mod reset;

@@ -26,7 +26,7 @@ pub struct KvmPlatform {
 }
 
 impl KvmPlatform {
-    /// For a machine whose local APICs are KVM's and whose IOAPIC isn't.
+    /// For a machine whose local APICs are KVM's and whose IOAPIC is nobody's.
     #[must_use]
     pub fn new(vm: Arc<VmFd>) -> Self {
         Self {

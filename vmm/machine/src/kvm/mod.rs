@@ -4,7 +4,6 @@ pub mod cpuid;
 pub mod ending;
 pub mod gate;
 pub mod interrupts;
-pub mod io_apic;
 pub mod ports;
 pub mod registers;
 pub mod slots;

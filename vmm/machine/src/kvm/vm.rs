@@ -103,8 +103,8 @@ impl Vm {
             .map_err(call("KVM_GET_MSR_INDEX_LIST"))?;
         let fd = kvm.create_vm().map_err(call("KVM_CREATE_VM"))?;
 
-        // Interrupts come as messages to the local APICs. KVM has no other controllers: a guest
-        // can't attack what isn't there. The one pin of an IOAPIC is in this process.
+        // Interrupts come as messages to the local APICs. There are no other controllers: a guest
+        // can't attack what isn't there.
         fd.enable_cap(&kvm_enable_cap {
             cap: KVM_CAP_SPLIT_IRQCHIP,
             args: [0; 4],

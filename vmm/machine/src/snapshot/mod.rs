@@ -21,7 +21,6 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-use crate::kvm::io_apic::IoApicState;
 use crate::kvm::state::KvmState;
 use crate::kvm::vm::KvmError;
 use crate::pci::{BusState, SuspendError};
@@ -33,7 +32,6 @@ pub struct MachineState {
     /// Addresses of its memory device, of which nothing is plugged.
     pub memory_device_mib: u64,
     pub kvm: KvmState,
-    pub io_apic: IoApicState,
     pub bus: BusState,
 }
 

@@ -11,7 +11,6 @@ use super::host::{Clone, Spec, Template, files};
 pub const TESTS: &[Test] = &[
     ("a_clone_goes_on_where_the_template_was", goes_on),
     ("clones_see_nothing_of_each_other", apart),
-    ("a_clones_kernel_makes_its_random_numbers_anew", reseeded),
     (
         "a_snapshot_can_be_taken_of_a_clone_which_then_goes_on",
         again,
@@ -66,30 +65,6 @@ fn apart(template: &Template) {
 
         assert_eq!(one.ask("pattern").await, "11 true");
         assert_eq!(template.clone("third").await.ask("pattern").await, "7 true");
-    });
-}
-
-fn reseeded(template: &Template) {
-    const FORKED: &str = "kernel crng reseeded due to virtual machine fork";
-    let forks = async |clone: &Clone, count| {
-        let began = Instant::now();
-        while clone.number(FORKED).await < count {
-            assert!(began.elapsed() < Duration::from_secs(60));
-        }
-        assert_eq!(clone.number(FORKED).await, count);
-    };
-    let directory = tempfile::tempdir().unwrap();
-    template.runtime.block_on(async {
-        let clone = template.clone("one").await;
-        forks(&clone, 1).await;
-        let snapshot = clone.machine.snapshot(files(directory.path(), true));
-        snapshot.await.unwrap();
-
-        // A clone's clone is one more; what goes on itself is the same machine as before.
-        let second = Clone::launch(Spec::restored(files(directory.path(), false), "two"));
-        forks(&second.await.unwrap(), 2).await;
-        clone.machine.resume().await.unwrap();
-        forks(&clone, 1).await;
     });
 }
 

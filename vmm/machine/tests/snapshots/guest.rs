@@ -3,7 +3,6 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -125,19 +124,6 @@ fn command(line: &str) -> String {
             let first = pattern[0];
             let same = pattern.iter().all(|byte| *byte == first);
             format!("{first} {same}")
-        }
-        // How often the kernel has said something.
-        "kernel" => {
-            let mut log = File::options()
-                .read(true)
-                .custom_flags(libc::O_NONBLOCK)
-                .open("/dev/kmsg")
-                .unwrap();
-            let (mut record, mut count) = ([0; 8192], 0_u32);
-            while let Ok(length) = log.read(&mut record) {
-                count += u32::from(String::from_utf8_lossy(&record[..length]).contains(argument));
-            }
-            count.to_string()
         }
         "random" => {
             let mut bytes = [0; 16];
