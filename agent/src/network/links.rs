@@ -193,6 +193,12 @@ async fn shape(pod: &Netlink, link: &Link, interface: &Interface) -> Result<()> 
     let name = &interface.name;
     let mut message = change_of(link, LinkFlags::empty(), LinkFlags::empty());
     if link.mac != Some(interface.mac) {
+        if link.up {
+            // In a restored machine. The kernel makes its own IPv6 address of the hardware's, when the interface comes up.
+            set(pod, change_of(link, LinkFlags::empty(), LinkFlags::Up))
+                .await
+                .doing(|| format!("taking interface {name} down"))?;
+        }
         message
             .attributes
             .push(LinkAttribute::Address(interface.mac.into()));
