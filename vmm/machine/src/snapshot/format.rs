@@ -21,7 +21,7 @@ use super::MachineState;
 
 const MAGIC: &[u8; 8] = b"HULLSNAP";
 /// To be raised with every change of [`MachineState`] or of what a device puts into its own part.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// `EM_X86_64`.
 const ARCHITECTURE: u32 = 62;
 const HEADER: usize = 28;
