@@ -9,35 +9,29 @@
 //! Machine::wait    joins all threads; why it ended
 //! ```
 
+mod devices;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 
 use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::VmFd;
-use rustix::process::{Resource, getrlimit};
 use vm_memory::{Address, GuestAddress, GuestMemory};
 
 use crate::boot::{acpi, kernel, pvh, reset};
-use crate::config::{
-    BlockConfig, BootConfig, FdIndex, MachineConfig, NetConfig, ShareConfig, Start, TapConfig,
-    TapDescriptors,
-};
+use crate::config::{BootConfig, FdIndex, MachineConfig, Start, TapConfig};
 use crate::control::{
     AddedMemory, ConnectRefused, DiskRefused, ExitReason, MemoryRefused, PlugRefused,
 };
-use crate::devices::balloon::Balloon;
-use crate::devices::block::{Block, BlockHandle};
-use crate::devices::console::Console;
-use crate::devices::fs::{FileSystem, FsConfig, FsError};
+use crate::devices::block::BlockHandle;
+use crate::devices::fs::FsError;
 use crate::devices::mem::{Mem, MemHandle};
-use crate::devices::net::{Net, NetError, NetHandle};
-use crate::devices::rng::Rng;
+use crate::devices::net::{NetError, NetHandle};
+use crate::devices::vsock::VsockHandle;
 pub use crate::devices::vsock::{Connected, GuestConnections};
-use crate::devices::vsock::{Vsock, VsockHandle};
 use crate::jail::Shares;
 use crate::kvm::cpuid::address_bits;
 use crate::kvm::ending::Ending;
@@ -53,15 +47,10 @@ use crate::pci::{PciError, PciRoot, RestoreBusError};
 use crate::snapshot::format::ReadError;
 use crate::snapshot::{self, MachineState, SnapshotError};
 use crate::steps::Steps;
+use devices::{add_devices, tap_descriptors};
 
 /// As many processors as local APIC ids and file system queues are laid out for.
 const MAX_VCPUS: u8 = 64;
-/// Descriptors that are this process's own, without those of network interfaces: the rest is the guest's files.
-const OWN_DESCRIPTORS: u64 = 512;
-/// Descriptors that a network interface needs for each of its queue pairs, and then some: events of both queues, the
-/// tap, vhost-net, and the thread's own.
-const PAIR_DESCRIPTORS: u64 = 24;
-
 /// Why a machine could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
@@ -482,10 +471,6 @@ impl Mmio for PciRoot {
     }
 }
 
-fn device_error(device: &'static str) -> impl FnOnce(io::Error) -> BuildError {
-    move |source| BuildError::Device { device, source }
-}
-
 /// The 64-bit window follows RAM; the host's processors must be able to address its end.
 fn place_mmio64(vm: &Vm, memory: &GuestRam) -> Result<u64, KvmError> {
     let start = pci_mmio64_start(memory.last_addr().unchecked_add(1).raw_value());
@@ -525,138 +510,6 @@ fn processors(state: &MachineState) -> Result<u8, BuildError> {
         .ok()
         .filter(|count| (1..=MAX_VCPUS).contains(count))
         .ok_or(BuildError::Processors(u8::MAX))
-}
-
-/// What the control thread asks of devices with.
-#[derive(Debug)]
-struct Handles {
-    blocks: Vec<BlockHandle>,
-    vsock: Option<VsockHandle>,
-    nets: Vec<NetHandle>,
-    mem: Option<MemHandle>,
-}
-
-/// Puts the devices of a configuration on the bus, always in the same order.
-fn add_devices(
-    mut pci: PciRoot,
-    config: &MachineConfig,
-    processors: u8,
-    descriptors: &mut Descriptors,
-    shares: &Shares,
-    guest_connections: GuestConnections,
-    mem: Option<Mem>,
-) -> Result<(PciRoot, Handles), BuildError> {
-    pci.add_virtio(Box::new(console(config, descriptors)?))?;
-    pci.add_virtio(Box::new(Rng::new()))?;
-    let mut handles = Handles {
-        blocks: Vec::new(),
-        vsock: None,
-        nets: Vec::new(),
-        mem: None,
-    };
-    for block in blocks(config, descriptors)? {
-        handles.blocks.push(block.handle());
-        pci.add_virtio(Box::new(block))?;
-    }
-    for share in file_systems(config, processors, shares)? {
-        pci.add_virtio(Box::new(share))?;
-    }
-    if let Some(vsock) = &config.vsock {
-        let (device, handle) =
-            Vsock::new(vsock.clone(), guest_connections).map_err(device_error("virtio-vsock"))?;
-        pci.add_virtio(Box::new(device))?;
-        handles.vsock = Some(handle);
-    }
-    for (index, net) in config.nets.iter().enumerate() {
-        let tap = match &net.tap {
-            Some(tap) => Some(tap_descriptors(tap, descriptors)?),
-            None => None,
-        };
-        let (device, handle) =
-            Net::new(net, processors, tap).map_err(|source| BuildError::Net { index, source })?;
-        pci.add_virtio(Box::new(device))?;
-        handles.nets.push(handle);
-    }
-    if config.balloon {
-        pci.add_virtio(Box::new(Balloon::new()))?;
-    }
-    if let Some(mem) = mem {
-        handles.mem = Some(mem.handle());
-        pci.add_virtio(Box::new(mem))?;
-    }
-    Ok((pci, handles))
-}
-
-fn tap_descriptors(
-    tap: &TapConfig,
-    descriptors: &mut Descriptors,
-) -> Result<TapDescriptors, BuildError> {
-    let mut take = |indices: &[FdIndex]| -> Result<Vec<OwnedFd>, BuildError> {
-        indices
-            .iter()
-            .map(|index| descriptors.take(*index))
-            .collect()
-    };
-    Ok(TapDescriptors {
-        queues: take(&tap.queues)?,
-        vhost: take(&tap.vhost)?,
-    })
-}
-
-fn console(config: &MachineConfig, descriptors: &mut Descriptors) -> Result<Console, BuildError> {
-    let output = descriptors.take(config.console.output)?;
-    Console::new(output).map_err(device_error("console"))
-}
-
-fn blocks(config: &MachineConfig, descriptors: &mut Descriptors) -> Result<Vec<Block>, BuildError> {
-    let mut make = |block: &BlockConfig| {
-        let disk = match block.disk {
-            Some(index) => Some(descriptors.take(index)?),
-            None => None,
-        };
-        Block::new(disk, &block.id, block.read_only).map_err(device_error("virtio-blk"))
-    };
-    config.blocks.iter().map(&mut make).collect()
-}
-
-/// Descriptors that this process needs for itself, whatever the guest opens.
-fn own_descriptors(nets: &[NetConfig]) -> u64 {
-    let pairs: u64 = nets.iter().map(|net| u64::from(net.queue_pairs)).sum();
-    OWN_DESCRIPTORS + PAIR_DESCRIPTORS * pairs
-}
-
-fn file_systems(
-    config: &MachineConfig,
-    processors: u8,
-    shares: &Shares,
-) -> Result<Vec<FileSystem>, BuildError> {
-    if config.shares.len() != shares.roots.len() {
-        return Err(BuildError::Shares {
-            configured: config.shares.len(),
-            given: shares.roots.len(),
-        });
-    }
-    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
-    let each = limit
-        .saturating_sub(own_descriptors(&config.nets))
-        .checked_div(shares.roots.len() as u64)
-        .unwrap_or(0);
-    let make = |(share, path): (&ShareConfig, &PathBuf)| {
-        let proc_self_fd = shares
-            .proc_self_fd
-            .try_clone()
-            .map_err(device_error("virtio-fs"))?;
-        Ok(FileSystem::new(FsConfig {
-            tag: share.tag.clone(),
-            root: path.clone(),
-            proc_self_fd,
-            read_only: share.read_only,
-            cache: share.cache,
-            request_queues: processors.into(),
-            guest_descriptors: each,
-        })?)
-    };
-    config.shares.iter().zip(&shares.roots).map(make).collect()
 }
 
 /// Puts kernel, initramfs and tables into guest memory; the address of the first instruction.

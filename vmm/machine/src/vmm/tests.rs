@@ -8,7 +8,9 @@ use proptest::prelude::*;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
-use crate::config::{CachePolicy, ConsoleConfig, NetLimits, VsockConfig};
+use crate::config::{
+    BlockConfig, CachePolicy, ConsoleConfig, NetConfig, NetLimits, ShareConfig, VsockConfig,
+};
 use crate::devices::mem::Slots;
 use crate::layout::{HIGH_RAM_START, LOW_RAM_END, PCI_ECAM_START};
 use crate::pci::platform::{MsiLine, MsiMessage, Platform};
