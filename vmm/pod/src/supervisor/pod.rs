@@ -31,7 +31,7 @@ use crate::footprint;
 use crate::images::Store;
 use crate::manifest::PodManifest;
 use crate::network::VhostNet;
-use crate::oci::{self, MachineSize};
+use crate::oci::{self, InfraSpec, MachineSize};
 use crate::state::{ContainerState, Directories, Phase, PodStatus, Terminated, remove_tree};
 use crate::text::chain;
 use crate::timeline::{Mark, RunningStep};
@@ -285,9 +285,33 @@ impl Pod {
         ground: impl Future<Output = Result<Ground, PodFailure>>,
         taps: Outcome<Vec<(u8, TapDescriptors)>>,
     ) -> Result<(Guest, Ground), PodFailure> {
-        // The first of them that fails is the one to tell: nobody waits for the guest when an image is missing.
-        let met = self.answer(launched);
-        let (met, ground, taps) = tokio::try_join!(met, ground, taps.wait())?;
+        let infra = oci::infra(&self.manifest);
+        // The first of them that fails is the one to tell: nobody waits for the guest when an image is missing, and infra
+        // doesn't wait for the host's side of its network.
+        let up = self.up_to_infra(launched, ground, &infra);
+        let ((guest, ground), taps) = tokio::try_join!(up, taps.wait())?;
+        let step = self.record.timeline().step("guest's network");
+        let network = network.lock().await;
+        guest.connect_network(&infra, &network, taps).await?;
+        drop(step);
+        // As the next.
+        let _ = self.service.meter.set(Arc::new(guest.meter(&network)?));
+        // It can be set but once, and this runs but once.
+        let _ = self.service.agent.set(guest.agent().clone());
+        self.service
+            .pause
+            .begin(guest.machine(), guest.agent().clone());
+        Ok((guest, ground))
+    }
+
+    /// From a machine that boots, and what the containers need on the host, to a guest with its namespaces.
+    async fn up_to_infra(
+        &self,
+        launched: Launched,
+        ground: impl Future<Output = Result<Ground, PodFailure>>,
+        infra: &InfraSpec,
+    ) -> Result<(Guest, Ground), PodFailure> {
+        let (met, ground) = tokio::try_join!(self.answer(launched), ground)?;
         let guest = match met {
             Ok(guest) => guest,
             // Not before all is in the share, which the second machine gets as it is then.
@@ -301,27 +325,15 @@ impl Pod {
                     .map_err(|_| PodFailure::AgentLost)?
             }
         };
-        let timeline = self.record.timeline();
-        let infra = oci::infra(&self.manifest);
         if self.restored.is_none() {
+            let timeline = self.record.timeline();
             let step = timeline.step("infra");
-            guest.start_infra(&infra, &ground.memory_volumes).await?;
+            guest.start_infra(infra, &ground.memory_volumes).await?;
             drop(step);
             timeline.mark(Mark::Infra);
             self.record
                 .event(EventType::Normal, "InfraStarted", None, "started infra");
         }
-        let step = timeline.step("guest's network");
-        let network = network.lock().await;
-        guest.connect_network(&infra, &network, taps).await?;
-        drop(step);
-        // As the next.
-        let _ = self.service.meter.set(Arc::new(guest.meter(&network)?));
-        // It can be set but once, and this runs but once.
-        let _ = self.service.agent.set(guest.agent().clone());
-        self.service
-            .pause
-            .begin(guest.machine(), guest.agent().clone());
         Ok((guest, ground))
     }
 
