@@ -77,6 +77,8 @@ pub struct BootConfig {
     pub initramfs: Option<FdIndex>,
     /// The kernel's command line, at most 2047 bytes of ASCII.
     pub cmdline: String,
+    /// Whether guest memory is asked for in huge pages.
+    pub huge_pages: bool,
 }
 
 impl Start {

@@ -89,6 +89,16 @@ pub fn allocate(memory_mib: u64) -> Result<GuestRam, MemoryError> {
     pieces(memory_mib, |_, size| map(size))
 }
 
+/// Has the host back RAM with huge pages, as far as it can: a boot touches nearly all of each that it touches at all, and
+/// each costs one fault, not 512.
+pub fn ask_for_huge_pages(ram: &GuestRam) {
+    for piece in whole_pieces(ram) {
+        let (start, size) = (piece.mapping().as_ptr(), piece.mapping().size());
+        // SAFETY: guest RAM, mapped for good; how it is backed changes nothing of what is in it.
+        let _ = unsafe { madvise(start.cast(), size, Advice::LinuxHugepage) };
+    }
+}
+
 /// Maps the guest's RAM from a file that has all pieces one after the other. What the guest writes stays out of the file.
 ///
 /// # Errors
@@ -189,10 +199,6 @@ fn map(size: usize) -> Result<MmapRegion, MemoryError> {
     let access = MprotectFlags::READ | MprotectFlags::WRITE;
     // SAFETY: the pages are this function's, and nobody knows them yet.
     unsafe { mprotect(start.cast(), size, access) }.map_err(failed(size))?;
-    // A boot touches nearly all of each huge page that it touches at all, and each costs one fault, not 512. A kernel
-    // without them says so, and has small ones.
-    // SAFETY: the same pages; how they are mapped changes nothing of what is in them.
-    let _ = unsafe { madvise(start.cast(), size, Advice::LinuxHugepage) };
     region(start, size)
 }
 

@@ -488,7 +488,13 @@ fn load_memory(
     descriptors: &mut Descriptors,
 ) -> Result<(GuestRam, Option<MachineState>), BuildError> {
     match config.start {
-        Start::Boot(_) => Ok((memory::allocate(config.memory_mib)?, None)),
+        Start::Boot(ref boot) => {
+            let ram = memory::allocate(config.memory_mib)?;
+            if boot.huge_pages {
+                memory::ask_for_huge_pages(&ram);
+            }
+            Ok((ram, None))
+        }
         Start::Snapshot { state, memory, .. } => {
             let state = snapshot::format::read(descriptors.take(state)?.as_fd())?;
             let file = descriptors.take(memory)?;

@@ -28,6 +28,7 @@ impl MachineSpec {
             kernel: FdIndex(2),
             initramfs: None,
             cmdline: String::new(),
+            huge_pages: must_ask_for_huge_pages(),
         });
         Self::starting(start, vec![kvm.into(), console.into(), kernel.into()])
     }
@@ -215,6 +216,13 @@ impl MachineSpec {
         self.descriptors.push(descriptor);
         FdIndex(index)
     }
+}
+
+/// Whether the host gives huge pages to those who ask, and to nobody else (Linux, admin-guide/mm/transhuge.rst). Where
+/// everybody gets them, who asks may wait for pages to be moved.
+fn must_ask_for_huge_pages() -> bool {
+    std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled")
+        .is_ok_and(|setting| setting.contains("[madvise]"))
 }
 
 /// The two files of a snapshot: [`crate::snapshot`].

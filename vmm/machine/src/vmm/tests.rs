@@ -81,6 +81,7 @@ fn bus() -> PciRoot {
             kernel: FdIndex(101),
             initramfs: None,
             cmdline: String::new(),
+            huge_pages: false,
         }),
         console: ConsoleConfig { output: FdIndex(0) },
         shares: vec![ShareConfig {
