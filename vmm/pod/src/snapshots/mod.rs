@@ -268,10 +268,11 @@ fn names(path: &Path) -> io::Result<Vec<String>> {
 /// What is in a directory that was to be empty.
 fn in_the_way(path: &Path, found: &[String]) -> SnapshotError {
     let path = path.to_owned();
+    let has = |name: &str| found.iter().any(|found| found == name);
     let ours = |name: &String| ALL.contains(&&**name) || name == DESCRIPTION_NEW;
-    if found.iter().any(|name| name == DESCRIPTION) {
+    if has(DESCRIPTION) {
         SnapshotError::Taken(path)
-    } else if found.iter().all(ours) {
+    } else if ALL.into_iter().all(has) && found.iter().all(ours) {
         let mut found = found.to_vec();
         found.sort();
         let found = found.join(", ");

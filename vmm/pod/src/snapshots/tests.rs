@@ -127,7 +127,6 @@ async fn another_versions_is_refused() {
 #[test]
 fn a_directory_with_something_in_it_is_left_alone() {
     let root = tempfile::tempdir().unwrap();
-    fs::write(root.path().join("mine"), "mine").unwrap();
     fs::write(root.path().join("memory"), "mine").unwrap();
 
     let refused = Unfinished::begin(root.path());
