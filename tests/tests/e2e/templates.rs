@@ -5,8 +5,10 @@ use std::ffi::CString;
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::process::Child;
 use std::time::{Duration, SystemTime};
 
+use hull_tests::host::kill_9;
 use hull_tests::hull::{Hull, assert_success};
 use hull_tests::pod::Pod;
 use hull_tests::{eventually, scaled};
@@ -287,48 +289,58 @@ fn program_pages() -> BTreeSet<Vec<u8>> {
     pages.map(<[u8]>::to_vec).collect()
 }
 
-#[test]
-fn a_clone_that_does_not_answer_gives_way_to_a_machine_that_boots() {
+/// Has a template's clones never answer, wherever they go on.
+fn make_endless(directory: &Path) {
     /// Instructions: one that does nothing, and one that jumps to itself.
     const NOTHING: u8 = 0x90;
     const FOREVER: [u8; 2] = [0xEB, 0xFE];
+    let mut options = fs::File::options();
+    let memory = directory.join("memory");
+    let file = options.read(true).write(true).open(memory).unwrap();
+    let programs = program_pages();
+    let mut forever = vec![NOTHING; PAGE - FOREVER.len()];
+    forever.extend(FOREVER);
+    let (mut page, mut found) = (vec![0; PAGE], 0);
+    let mut at = 0;
+    while file.read_exact_at(&mut page, at).is_ok() {
+        if programs.contains(&page) {
+            file.write_all_at(&forever, at).unwrap();
+            found += 1;
+        }
+        at += PAGE as u64;
+    }
+    assert!(found > 0, "no page of a program is in memory");
+    make_known(directory);
+}
+
+/// `hull run -d` of a pod whose agent has 40 s to answer.
+fn run_impatiently(hull: &Hull, name: &str) -> Child {
+    let manifest = hull.manifest("web.yaml", &manifest(name));
+    let mut run = hull.command(["run", "-d"]);
+    run.env("HULL_AGENT_TIMEOUT", "40").arg(manifest);
+    run.spawn().expect("hull is on PATH")
+}
+
+#[test]
+fn a_clone_that_does_not_answer_gives_way_to_a_machine_that_boots() {
     for damage in ["ends", "hangs"] {
         let hull = Hull::new().with_templates();
         let id = create(&hull);
         let directory = directory(&hull, &id);
-        let memory = directory.join("memory");
-        let file = fs::File::options()
-            .read(true)
-            .write(true)
-            .open(&memory)
-            .unwrap();
         if damage == "ends" {
+            let memory = directory.join("memory");
+            let file = fs::File::options().write(true).open(memory).unwrap();
             let size = file.metadata().unwrap().len();
             file.set_len(0).unwrap();
             file.set_len(size).unwrap();
+            make_known(&directory);
         } else {
-            let programs = program_pages();
-            // Wherever it goes on.
-            let mut forever = vec![NOTHING; PAGE - FOREVER.len()];
-            forever.extend(FOREVER);
-            let (mut page, mut found) = (vec![0; PAGE], 0);
-            let mut at = 0;
-            while file.read_exact_at(&mut page, at).is_ok() {
-                if programs.contains(&page) {
-                    file.write_all_at(&forever, at).unwrap();
-                    found += 1;
-                }
-                at += PAGE as u64;
-            }
-            assert!(found > 0, "no page of a program is in memory");
+            make_endless(&directory);
         }
-        make_known(&directory);
         assert_eq!(current(&hull), [id.as_str()], "{damage}");
 
-        let manifest = hull.manifest("web.yaml", &manifest("web"));
-        let mut run = hull.command(["run", "-d"]);
-        let run = run.env("HULL_AGENT_TIMEOUT", "40").arg(manifest).output();
-        assert_success(&run.expect("hull is on PATH"), damage);
+        let run = run_impatiently(&hull, "web");
+        assert_success(&run.wait_with_output().unwrap(), damage);
         let pod = Pod::running(&hull, "web");
 
         assert_eq!(template(&pod), None, "{damage}");
@@ -348,6 +360,33 @@ fn a_clone_that_does_not_answer_gives_way_to_a_machine_that_boots() {
         assert_eq!(failure(&hull)["count"], 1, "{damage}");
         assert!(current(&hull).is_empty(), "{damage}");
     }
+}
+
+#[test]
+fn a_clone_that_is_killed_says_nothing_of_its_template() {
+    let hull = Hull::new().with_templates();
+    let id = create(&hull);
+    make_endless(&directory(&hull, &id));
+    let run = run_impatiently(&hull, "web");
+    let pod = Pod::running(&hull, "web");
+    let clone = eventually("there is a clone", LIMIT, || {
+        let inspected = hull.run(["inspect", "web"]).stdout;
+        let inspected: serde_json::Value = serde_json::from_slice(&inspected).ok()?;
+        let status = inspected.get(0).unwrap_or(&inspected)["status"].clone();
+        let pid = status["template"].as_str().and(status["vmmPid"].as_i64())?;
+        i32::try_from(pid).ok()
+    });
+
+    // As by a host that is out of memory.
+    kill_9(clone);
+
+    assert_success(&run.wait_with_output().unwrap(), "hull run -d");
+    assert_eq!(template(&pod), None);
+    let events = hull.ok(["events", "web"]);
+    let told = |line: &str| line.contains("TemplatePassedOver") && line.contains("signal 9");
+    assert!(events.lines().any(told), "{events}");
+    assert_eq!(current(&hull), [id]);
+    assert!(failure(&hull).is_null());
 }
 
 /// What `hull template ls` says of the only template that failed.
@@ -479,5 +518,7 @@ fn many_clones_start_at_once() {
         assert!(boots.insert(boot), "{name}");
         std::mem::forget(pod);
     }
+    // However long they took.
+    assert_eq!(current(&hull), [id]);
     let _ = hull.ok(["rm", "--force", "--all"]);
 }

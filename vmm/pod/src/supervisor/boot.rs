@@ -2,9 +2,10 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
-use hull_machine::client::{GuestConnection, Machine, NetSpec, SnapshotFiles};
+use hull_machine::client::{GuestConnection, LaunchError, Machine, NetSpec, SnapshotFiles};
+use hull_machine::control::ExitReason;
 use hull_machine::steps::Started;
 use hull_protocol::READY_PORT;
 use jiff::Timestamp;
@@ -22,7 +23,7 @@ use super::machine::{self, Begin};
 use super::template::{Shelf, Wanted};
 use crate::agent::{Agent, GuestInfo, GuestSize};
 use crate::oci::MachineSize;
-use crate::templates::{FileIdentity, HostIdentity, Kind, Recording, Template};
+use crate::templates::{FileIdentity, HostIdentity, Kind, Recording, Template, TemplateError};
 use crate::text::chain;
 use crate::volumes::Share;
 
@@ -52,7 +53,7 @@ pub struct Boot<'a> {
 impl Boot<'_> {
     /// Starts the machine. It dies when what is returned is dropped.
     ///
-    /// A template that is no good is removed, and the machine boots without.
+    /// A template that is no good is removed, and the machine boots without; without one that can't be had now, too.
     ///
     /// # Errors
     /// When a file of Hull's own, KVM or `hull-vmm` says no.
@@ -75,6 +76,7 @@ impl Boot<'_> {
                 Candidate {
                     plain,
                     created_at: template.created_at,
+                    begun: SystemTime::now(),
                     kind,
                     shelf,
                 }
@@ -89,11 +91,17 @@ impl Boot<'_> {
                 })
             }
             Err(error) => {
-                let why = chain(&error);
-                if let Err(error) = shelf.templates.remove(&kind.id()) {
-                    tracing::warn!(error = chain(&error), "removing a template");
+                let mut passed_over = PassedOver {
+                    why: chain(&error),
+                    removed: false,
+                };
+                if let TemplateError::Broken { .. } = error {
+                    passed_over.removed = true;
+                    if let Err(error) = shelf.templates.remove(&kind.id()) {
+                        tracing::warn!(error = chain(&error), "removing a template");
+                    }
                 }
-                plain.boot_instead(shelf, kind, why).await
+                plain.boot_instead(shelf, kind, passed_over).await
             }
         }
     }
@@ -112,22 +120,30 @@ impl Plain {
         self.recipe.boot(self.console, self.share.as_fd()).await
     }
 
-    /// Boots, because a template was no good, which is gone by now.
+    /// Boots, although there is a template, or was.
     async fn boot_instead(
         self,
         shelf: Shelf,
         kind: Kind,
-        why: String,
+        passed_over: PassedOver,
     ) -> Result<Launched, PodFailure> {
-        let id = kind.id();
-        tracing::warn!(id, why, "a template is no good, and removed");
-        let wanted = shelf.wanted(self.recipe.clone(), kind);
+        let (id, why, removed) = (kind.id(), &passed_over.why, passed_over.removed);
+        tracing::warn!(id, why, removed, "a template is passed over");
+        let wanted = removed.then(|| shelf.wanted(self.recipe.clone(), kind));
         Ok(Launched {
-            passed_over: Some(why),
-            wanted: Some(wanted),
+            passed_over: Some(passed_over),
+            wanted,
             ..self.boot().await?
         })
     }
+}
+
+/// Why a machine boots although there was a template.
+#[derive(Debug)]
+pub struct PassedOver {
+    pub why: String,
+    /// It was the template's fault, as far as can be told, and the template is gone.
+    pub removed: bool,
 }
 
 /// A clone that has not answered yet: what is needed to do without it.
@@ -136,7 +152,10 @@ struct Candidate {
     plain: Plain,
     shelf: Shelf,
     kind: Kind,
+    /// The template's.
     created_at: Timestamp,
+    /// When it was launched.
+    begun: SystemTime,
 }
 
 impl Candidate {
@@ -152,10 +171,7 @@ impl Candidate {
             working_set: template.working_set,
         };
         match recipe.launch(begin, console, share.as_fd()).await {
-            Err(PodFailure::Launch(error)) => {
-                let rejected = self.reject(chain(&error));
-                rejected.boot().await
-            }
+            Err(failure @ PodFailure::Launch(_)) => self.reject(&failure).boot().await,
             launched => Ok(Launched {
                 template: Some(self.kind.id()),
                 candidate: Some(Box::new(self)),
@@ -165,25 +181,42 @@ impl Candidate {
         }
     }
 
-    /// Removes the template, and has none made at once: the next might be as good.
-    fn reject(self, why: String) -> Rejected {
-        self.shelf.templates.note_failure(&self.kind, &why);
-        let discarded = (self.shelf.templates).discard(&self.kind.id(), self.created_at);
-        if let Err(error) = discarded {
-            tracing::warn!(error = chain(&error), "removing a template");
+    /// Removes the template, and has none made at once: the next might be as good. It stays when the host is to blame: by
+    /// what has happened, or because another clone has answered meanwhile.
+    fn reject(self, failure: &PodFailure) -> Rejected {
+        let (templates, id) = (&self.shelf.templates, self.kind.id());
+        let why = chain(failure);
+        let removed = !is_the_hosts(failure) && !templates.answered_since(&id, self.begun);
+        if removed {
+            templates.note_failure(&self.kind, &why);
+            if let Err(error) = templates.discard(&id, self.created_at) {
+                tracing::warn!(error = chain(&error), "removing a template");
+            }
         }
         Rejected {
             candidate: self,
-            why,
+            passed_over: PassedOver { why, removed },
         }
     }
 }
 
-/// A clone that was no good. It is gone, and its template, too.
+/// Whether nothing of the template has anything to do with it: `hull-vmm` didn't come so far that it looked at it, or was
+/// killed, as by a host that is out of memory.
+fn is_the_hosts(failure: &PodFailure) -> bool {
+    match failure {
+        PodFailure::MachineEnded(reason) | PodFailure::Launch(LaunchError::Ended(reason)) => {
+            matches!(reason, ExitReason::Killed(libc::SIGKILL))
+        }
+        PodFailure::Launch(_) => true,
+        _ => false,
+    }
+}
+
+/// A clone that was no good. It is gone.
 #[derive(Debug)]
 pub struct Rejected {
     candidate: Candidate,
-    why: String,
+    passed_over: PassedOver,
 }
 
 impl Rejected {
@@ -195,7 +228,7 @@ impl Rejected {
         let Candidate {
             plain, shelf, kind, ..
         } = self.candidate;
-        plain.boot_instead(shelf, kind, self.why).await
+        plain.boot_instead(shelf, kind, self.passed_over).await
     }
 }
 
@@ -300,8 +333,7 @@ pub struct Launched {
     size: MachineSize,
     begun: Instant,
     template: Option<String>,
-    /// Why it is no clone, although there was a template.
-    passed_over: Option<String>,
+    passed_over: Option<PassedOver>,
     /// None: it boots.
     candidate: Option<Box<Candidate>>,
     recording: Option<Recording>,
@@ -337,8 +369,8 @@ impl Launched {
 
     /// Why the machine boots although there was a template.
     #[must_use]
-    pub fn passed_over(&self) -> Option<&str> {
-        self.passed_over.as_deref()
+    pub fn passed_over(&self) -> Option<&PassedOver> {
+        self.passed_over.as_ref()
     }
 
     /// Waits until the agent has answered. A clone has as long as a machine has to boot, since on a host that is busy it
@@ -356,12 +388,15 @@ impl Launched {
         let (limit, end) = (self.limits.agent_ready, self.limits.end);
         let met = timeout(limit, self.meet_with(vcpus)).await;
         match met.unwrap_or(Err(PodFailure::AgentNotReady(limit))) {
-            Ok(met) => Ok(answered(met)),
+            Ok(met) => {
+                (candidate.shelf.templates).note_answer(&candidate.kind.id());
+                Ok(answered(met))
+            }
             Err(failure) => {
                 machine.kill();
                 // What it has of the pod's memory is to be free again.
                 let _ = timeout(end, machine.wait()).await;
-                Ok(Met::Rejected(Box::new(candidate.reject(chain(&failure)))))
+                Ok(Met::Rejected(Box::new(candidate.reject(&failure))))
             }
         }
     }
@@ -430,5 +465,28 @@ async fn agent_ready(
     tokio::select! {
         ready = timeout(limit, ready) => ready.unwrap_or(Err(PodFailure::AgentNotReady(limit))),
         reason = machine.wait() => Err(PodFailure::MachineEnded(reason)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_template_is_not_blamed_for_what_the_host_does() {
+        let ended = |reason| PodFailure::MachineEnded(reason);
+        let launch = |reason| PodFailure::Launch(LaunchError::Ended(reason));
+        let no_process = PodFailure::Launch(LaunchError::Start {
+            binary: "hull-vmm".into(),
+            source: std::io::Error::from_raw_os_error(libc::EAGAIN),
+        });
+        assert!(is_the_hosts(&no_process));
+        assert!(is_the_hosts(&ended(ExitReason::Killed(libc::SIGKILL))));
+        assert!(is_the_hosts(&launch(ExitReason::Killed(libc::SIGKILL))));
+
+        assert!(!is_the_hosts(&ended(ExitReason::Killed(libc::SIGSYS))));
+        assert!(!is_the_hosts(&ended(ExitReason::Panic)));
+        assert!(!is_the_hosts(&launch(ExitReason::Failed("no".into()))));
+        assert!(!is_the_hosts(&PodFailure::AgentNotReady(Duration::ZERO)));
     }
 }

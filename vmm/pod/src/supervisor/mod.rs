@@ -28,7 +28,7 @@ mod stop;
 mod template;
 mod work;
 
-pub use boot::{Boot, Launched, Met, Recipe, Rejected};
+pub use boot::{Boot, Launched, Met, PassedOver, Recipe, Rejected};
 pub use console::Console;
 pub use disks::{Disks, DisksError, Inserted, MAX_SLOTS};
 pub use failure::PodFailure;

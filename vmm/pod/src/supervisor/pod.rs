@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use tokio::sync::{Mutex, RwLock, oneshot};
 use tokio::task::JoinSet;
 
-use super::boot::{Boot, Launched, Met, Recipe, Rejected};
+use super::boot::{Boot, Launched, Met, PassedOver, Recipe, Rejected};
 use super::console::Console;
 use super::container::{Container, Prepared, Role};
 use super::failure::PodFailure;
@@ -270,10 +270,17 @@ impl Pod {
             status.vmm_pid = launched.pid();
             status.template = launched.template().map(str::to_owned);
         });
-        if let Some(why) = launched.passed_over() {
-            let message = format!("a template was no good, and is removed: {why}");
+        if let Some(PassedOver { why, removed }) = launched.passed_over() {
+            let (reason, what) = if *removed {
+                ("TemplateRemoved", "a template was no good, and is removed")
+            } else {
+                (
+                    "TemplatePassedOver",
+                    "no clone came of a template, which stays",
+                )
+            };
             self.record
-                .event(EventType::Warning, "TemplateRemoved", None, &message);
+                .event(EventType::Warning, reason, None, &format!("{what}: {why}"));
         }
     }
 

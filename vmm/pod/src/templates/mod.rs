@@ -6,6 +6,7 @@
 //!   <id>/state            processors and devices
 //!   <id>/memory           the guest's RAM, which every clone maps and nobody changes
 //!   <id>/working-set.json which of its pages the first clone had written to when its containers ran
+//!   <id>/answered         when a clone answered last
 //!   <id>.lock             held by who makes it
 //!   <id>.log              why none could be made
 //!   <id>.failed           that none could be made, or that no clone answered, and when
@@ -15,6 +16,7 @@
 //! There is nothing of any pod in a template. Nobody but root can read it: its guest's random numbers
 //! and addresses are those that its clones begin with.
 
+mod answers;
 mod failures;
 mod kind;
 mod policy;
@@ -79,6 +81,12 @@ fn io_error(doing: impl FnOnce() -> String) -> impl FnOnce(io::Error) -> Templat
     }
 }
 
+/// Whether an error of opening a file tells of a host without descriptors or memory, and nothing of the file.
+fn says_of_the_host(error: &io::Error) -> bool {
+    let number = error.raw_os_error();
+    number.is_some_and(|number| [libc::EMFILE, libc::ENFILE, libc::ENOMEM].contains(&number))
+}
+
 /// `template.json`
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -141,7 +149,8 @@ impl Templates {
     /// Opens one of this kind. None: there is none.
     ///
     /// # Errors
-    /// When it is there and no good: it has been changed, or was written by another version.
+    /// [`TemplateError::Broken`] when it is there and no good: it has been changed, or was written by another version. Others
+    /// say nothing of it.
     pub fn find(&self, kind: &Kind) -> Result<Option<Template>, TemplateError> {
         let found = self.open_one(kind)?;
         if found.is_some() {
@@ -191,7 +200,13 @@ impl Templates {
                 .custom_flags(libc::O_NOFOLLOW)
                 .open(&path)
                 .and_then(|file| Ok((FileIdentity::of(&path, &file.metadata()?), file)));
-            let (found, file) = opened.map_err(|error| broken(format!("its {name}: {error}")))?;
+            let (found, file) = opened.map_err(|error| {
+                if says_of_the_host(&error) {
+                    io_error(|| format!("opening {}", path.display()))(error)
+                } else {
+                    broken(format!("its {name}: {error}"))
+                }
+            })?;
             if found.is_of(known) {
                 Ok(file.into())
             } else {
@@ -360,7 +375,11 @@ impl Templates {
         };
         Ok(Some(Summary {
             id: id.to_owned(),
-            current: description.kind.is_current() && self.open_one(&description.kind).is_ok(),
+            current: description.kind.is_current()
+                && !matches!(
+                    self.open_one(&description.kind),
+                    Err(TemplateError::Broken { .. })
+                ),
             kind: description.kind,
             created_at: description.created_at,
             last_used_at: fs::symlink_metadata(self.root.join(id).join(DESCRIPTION))

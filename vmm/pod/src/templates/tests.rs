@@ -148,6 +148,31 @@ fn one_that_is_no_good_is_discarded_and_not_the_next_in_its_place() {
 }
 
 #[test]
+fn a_clone_that_answered_speaks_for_its_template() {
+    let (data, templates) = store();
+    let kind = kind(&[]);
+    made(&templates, &kind);
+    let before = SystemTime::now() - std::time::Duration::from_secs(1);
+    assert!(!templates.answered_since(&kind.id(), before));
+
+    templates.note_answer(&kind.id());
+
+    let after = SystemTime::now() + std::time::Duration::from_secs(1);
+    assert!(templates.answered_since(&kind.id(), before));
+    assert!(!templates.answered_since(&kind.id(), after));
+    let path = data.path().join("templates").join(kind.id());
+    let file = File::open(path.join("answered")).unwrap();
+    file.set_modified(after).unwrap();
+    assert!(!templates.answered_since(&kind.id(), before));
+    // One that is made anew has none.
+    made(&templates, &kind);
+    assert!(!path.join("answered").exists());
+    templates.remove(&kind.id()).unwrap();
+    templates.note_answer(&kind.id());
+    assert!(!path.exists());
+}
+
+#[test]
 fn those_that_nobody_uses_go_when_there_are_many() {
     let (data, templates) = store();
     let kinds: Vec<_> = (1..=MOST as u64 + 1)
