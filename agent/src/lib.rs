@@ -53,14 +53,14 @@ pub fn run() -> ExitCode {
     init()
 }
 
-/// Runs a helper, if the process was started as one.
+/// Runs helpers, if the process was started for them.
 pub fn run_helper() -> Option<ExitCode> {
     let name = std::env::args_os().next()?;
     let name = Path::new(&name).file_name()?.to_str()?;
     if name == modules::HELPER_NAME {
         return Some(modules::main());
     }
-    helper::is_helper(name).then(helper::main)
+    helper::is_parent(name).then(helper::main)
 }
 
 fn init() -> ! {

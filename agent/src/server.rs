@@ -50,6 +50,15 @@ impl Agent {
         let streams = Arc::new(Streams::default());
         let pod = Arc::new(Pod::new(run, Arc::clone(&reaper), Arc::clone(&streams))?);
         tokio::spawn(reaper.run());
+        // While the host is told that this is here, and says what it wants.
+        tokio::spawn({
+            let pod = Arc::clone(&pod);
+            async move {
+                if let Err(error) = pod.get_ready().await {
+                    tracing::warn!("before the pod's beginning: {error}");
+                }
+            }
+        });
 
         let shutdown = Arc::new(Notify::new());
         let service = Arc::new(Service {

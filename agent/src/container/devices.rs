@@ -5,8 +5,10 @@
 //! asked with `struct bpf_cgroup_dev_ctx { u32 access_type, major, minor }`, where
 //! access_type is `access << 16 | type`; 0 refuses, 1 allows.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
@@ -82,9 +84,40 @@ const ALWAYS: [(LinuxDeviceType, Option<i64>, Option<i64>, &str); 11] = [
     (LinuxDeviceType::C, Some(136), None, "rwm"),
 ];
 
-/// Attaches the program for a container's rules to its cgroup: nothing is allowed but
-/// what the rules allow (the last that matches decides) and what every container may use.
-pub fn attach(cgroup: impl AsFd, rules: &[LinuxDeviceCgroup]) -> Result<()> {
+/// Loaded programs that are kept.
+const KEPT: usize = 8;
+
+/// The programs that containers have had lately.
+#[derive(Debug, Default)]
+pub struct Programs {
+    loaded: Mutex<VecDeque<(Vec<LinuxDeviceCgroup>, Arc<OwnedFd>)>>,
+}
+
+impl Programs {
+    /// Attaches the program for a container's rules to its cgroup: nothing is allowed but
+    /// what the rules allow (the last that matches decides) and what every container may use.
+    pub fn attach(&self, cgroup: impl AsFd, rules: &[LinuxDeviceCgroup]) -> Result<()> {
+        let program = self.get(rules)?;
+        attach_program(cgroup, &program).doing(|| "attaching the device program".into())
+    }
+
+    fn get(&self, rules: &[LinuxDeviceCgroup]) -> Result<Arc<OwnedFd>> {
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, program)) = loaded.iter().find(|(of, _)| of == rules) {
+            return Ok(Arc::clone(program));
+        }
+        let program = load(&with_usual(rules)?).doing(|| "loading the device program".into())?;
+        let program = Arc::new(program);
+        if loaded.len() == KEPT {
+            loaded.pop_front();
+        }
+        loaded.push_back((rules.to_vec(), Arc::clone(&program)));
+        Ok(program)
+    }
+}
+
+/// The program for rules and what every container may use.
+fn with_usual(rules: &[LinuxDeviceCgroup]) -> Result<Vec<Instruction>> {
     let mut rules = rules.to_vec();
     for (kind, major, minor, access) in ALWAYS {
         let mut rule = LinuxDeviceCgroup::default();
@@ -95,9 +128,7 @@ pub fn attach(cgroup: impl AsFd, rules: &[LinuxDeviceCgroup]) -> Result<()> {
         rule.set_access(Some(access.to_owned()));
         rules.push(rule);
     }
-    let program = compile(&rules)?;
-    let program = load(&program).doing(|| "loading the device program".into())?;
-    attach_program(cgroup, &program).doing(|| "attaching the device program".into())
+    compile(&rules)
 }
 
 fn compile(rules: &[LinuxDeviceCgroup]) -> Result<Vec<Instruction>> {

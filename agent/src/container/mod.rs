@@ -5,6 +5,7 @@ pub mod devices;
 pub mod disk;
 pub mod mounts;
 pub mod resources;
+pub mod seccomp;
 pub mod spec;
 pub mod stats;
 pub mod user;
@@ -23,6 +24,7 @@ use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard, watch};
 use tokio::time::timeout;
 
 use self::cgroup::Cgroup;
+use self::seccomp::Filter;
 use crate::error::{Doing, Error, Result};
 use crate::process::{Ended, Process};
 use crate::stdio::{Replaceable, Size, Terminal};
@@ -174,6 +176,7 @@ pub struct Container {
     pub cgroup: Arc<Cgroup>,
     /// As completed; execs are made after it.
     pub spec: Spec,
+    pub filter: Option<Arc<Filter>>,
     pub first: Running,
     pub root: Root,
     started: Mutex<bool>,
@@ -188,6 +191,7 @@ impl Container {
         places: Places,
         cgroup: Arc<Cgroup>,
         spec: Spec,
+        filter: Option<Arc<Filter>>,
         first: Running,
         root: Root,
     ) -> Self {
@@ -195,6 +199,7 @@ impl Container {
             places,
             cgroup,
             spec,
+            filter,
             first,
             root,
             started: Mutex::new(false),

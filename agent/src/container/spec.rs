@@ -5,13 +5,19 @@
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    Capability, Linux, LinuxBuilder, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType,
-    Mount, MountBuilder, Process, RootBuilder, Spec, SpecBuilder, UserBuilder,
+    Capabilities, Capability, Linux, LinuxBuilder, LinuxCapabilities, LinuxNamespace,
+    LinuxNamespaceBuilder, LinuxNamespaceType, Mount, MountBuilder, Process, RootBuilder, Spec,
+    SpecBuilder, UserBuilder,
 };
 
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
 use super::resources;
+use super::seccomp::Filter;
 use super::user::User;
 use crate::error::{Error, Result};
+use crate::helper::Confinement;
 
 /// Largest specification, in bytes.
 const MAX_SPEC: usize = 1024 * 1024;
@@ -50,15 +56,47 @@ pub struct Guest<'a> {
     pub mounts: Vec<Mount>,
 }
 
+/// A specification as the supervisor gives it.
+#[derive(Debug)]
+pub struct Given {
+    /// Without a seccomp profile.
+    pub spec: Spec,
+    /// In JSON.
+    pub seccomp: Option<String>,
+}
+
+/// Where in a specification the seccomp profile is, which mostly is the largest part and known already.
+#[derive(Deserialize)]
+struct Outline<'a> {
+    #[serde(borrow, default)]
+    linux: Option<LinuxOutline<'a>>,
+}
+
+#[derive(Deserialize)]
+struct LinuxOutline<'a> {
+    #[serde(borrow, default)]
+    seccomp: Option<&'a RawValue>,
+}
+
 /// Reads a specification from the supervisor.
-pub fn parse(bytes: &[u8]) -> Result<Spec> {
+pub fn parse(bytes: &[u8]) -> Result<Given> {
     if bytes.len() > MAX_SPEC {
         return Err(Error::Invalid(format!(
             "the specification is larger than {MAX_SPEC} bytes"
         )));
     }
-    let spec: Spec = serde_json::from_slice(bytes)
-        .map_err(|error| Error::Invalid(format!("reading the specification: {error}")))?;
+    let unreadable =
+        |error: serde_json::Error| Error::Invalid(format!("reading the specification: {error}"));
+    let outline: Outline<'_> = serde_json::from_slice(bytes).map_err(unreadable)?;
+    let seccomp = outline
+        .linux
+        .and_then(|linux| linux.seccomp)
+        .map(RawValue::get);
+    let spec: Spec = match seccomp {
+        None => serde_json::from_slice(bytes),
+        Some(profile) => serde_json::from_slice(&without(bytes, profile)),
+    }
+    .map_err(unreadable)?;
     let mounts = spec.mounts().as_ref().map_or(0, Vec::len);
     if mounts > MAX_MOUNTS {
         return Err(Error::Invalid(format!(
@@ -72,7 +110,19 @@ pub fn parse(bytes: &[u8]) -> Result<Spec> {
     if args.is_none_or(Vec::is_empty) {
         return Err(Error::Invalid("the specification has no arguments".into()));
     }
-    Ok(spec)
+    Ok(Given {
+        spec,
+        seccomp: seccomp.map(str::to_owned),
+    })
+}
+
+/// The same with null for a part of it.
+fn without(bytes: &[u8], part: &str) -> Vec<u8> {
+    let start = part.as_ptr().addr() - bytes.as_ptr().addr();
+    let mut rest = bytes[..start].to_vec();
+    rest.extend(b"null");
+    rest.extend(&bytes[start + part.len()..]);
+    rest
 }
 
 /// The container's mounts, with the pod's /dev/shm among them.
@@ -219,6 +269,34 @@ pub fn with_user(mut process: Process, user: &User, terminal: bool) -> Result<Pr
     Ok(process)
 }
 
+/// Takes from a process what libcontainer is not to do for it, with this seccomp filter.
+pub fn confine(process: &mut Process, filter: Option<&Filter>) -> Confinement {
+    let mut capabilities = None;
+    // Loading a filter needs CAP_SYS_ADMIN, or no_new_privileges.
+    if filter.is_some() && process.no_new_privileges().is_none() {
+        capabilities = process.capabilities().clone();
+        process.set_capabilities(capabilities.clone().map(with_filter_loading));
+    }
+    Confinement {
+        filter_flags: filter.map(|filter| filter.flags),
+        capabilities,
+    }
+}
+
+/// Adds what loading a filter, and dropping this again, needs.
+fn with_filter_loading(mut given: LinuxCapabilities) -> LinuxCapabilities {
+    use Capability::{Setpcap, SysAdmin};
+    let with = |set: &Option<Capabilities>| {
+        let mut set = set.clone().unwrap_or_default();
+        set.extend([SysAdmin, Setpcap]);
+        Some(set)
+    };
+    given.set_bounding(with(given.bounding()));
+    given.set_effective(with(given.effective()));
+    given.set_permitted(with(given.permitted()));
+    given
+}
+
 fn linux(given: Option<&Linux>, guest: &Guest<'_>) -> Result<Linux> {
     let mut linux = LinuxBuilder::default()
         .namespaces(namespaces(guest)?)
@@ -227,7 +305,6 @@ fn linux(given: Option<&Linux>, guest: &Guest<'_>) -> Result<Linux> {
         .map_err(invalid)?;
     let resources = given.and_then(|given| given.resources().clone());
     linux.set_resources(resources.map(resources::checked).transpose()?);
-    linux.set_seccomp(given.and_then(|given| given.seccomp().clone()));
     linux.set_masked_paths(given.and_then(|given| given.masked_paths().clone()));
     linux.set_readonly_paths(given.and_then(|given| given.readonly_paths().clone()));
     linux.set_sysctl(given.and_then(|given| given.sysctl().clone()));
@@ -272,7 +349,31 @@ mod tests {
     use super::*;
 
     fn spec(json: &str) -> Spec {
-        parse(json.as_bytes()).unwrap()
+        parse(json.as_bytes()).unwrap().spec
+    }
+
+    #[test]
+    fn a_seccomp_profile_is_taken_out() {
+        let json = |profile: &str| {
+            format!(
+                r#"{{"ociVersion":"1.0.2","process":{{"args":["a"],"cwd":"/","user":{{"uid":0,"gid":0}}}},
+                    "linux":{{"maskedPaths":["/proc/kcore"],"seccomp":{profile},"readonlyPaths":["/proc/sys"]}}}}"#
+            )
+        };
+        let profile = r#"{"defaultAction":"SCMP_ACT_ALLOW", "syscalls": [] }"#;
+
+        let given = parse(json(profile).as_bytes()).unwrap();
+
+        assert_eq!(given.seccomp.as_deref(), Some(profile));
+        let linux = given.spec.linux().as_ref().unwrap();
+        assert!(linux.seccomp().is_none());
+        assert_eq!(linux.masked_paths().as_ref().unwrap().len(), 1);
+        assert_eq!(linux.readonly_paths().as_ref().unwrap().len(), 1);
+        assert!(parse(json("null").as_bytes()).unwrap().seccomp.is_none());
+        // Which of the two counts nobody knows.
+        for twice in [r#"{},"seccomp":{}"#, r#"{}},"linux":{"seccomp":null"#] {
+            assert!(parse(json(twice).as_bytes()).is_err(), "{twice}");
+        }
     }
 
     fn user() -> User {

@@ -55,22 +55,29 @@ pub fn sysctl_interface(name: &str) -> Option<&str> {
     named.then_some(interface)
 }
 
-/// Makes the namespaces and the process in them. Returns its number; it is a child
-/// of this helper, and the agent inherits it.
-pub fn start(infra: &Infra) -> Result<i32, String> {
-    fn failed<E: Display>(what: impl Display) -> impl FnOnce(E) -> String {
-        move |error| format!("{what}: {error}")
-    }
-    std::fs::write(&infra.cgroup_procs, "0").map_err(failed("entering infra's cgroup"))?;
-    let mut flags = UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
-    if infra.share_pids {
-        flags |= UnshareFlags::NEWPID;
-    }
+fn failed<E: Display>(what: impl Display) -> impl FnOnce(E) -> String {
+    move |error| format!("{what}: {error}")
+}
+
+/// Makes the namespaces that every pod has. This process is in them then.
+pub fn make_namespaces() -> Result<(), String> {
+    let flags = UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
     // SAFETY: no descriptor table is unshared, and this process has one thread.
     unsafe { rustix::thread::unshare_unsafe(flags) }.map_err(failed("making namespaces"))?;
+    loopback_up().map_err(failed("bringing the loopback interface up"))
+}
+
+/// Makes these namespaces the pod's, and the process in them. Returns its number; it is a child
+/// of this helper, and the agent inherits it.
+pub fn start(infra: &Infra) -> Result<i32, String> {
+    std::fs::write(&infra.cgroup_procs, "0").map_err(failed("entering infra's cgroup"))?;
+    if infra.share_pids {
+        // SAFETY: as above.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWPID) }
+            .map_err(failed("making a PID namespace"))?;
+    }
     rustix::system::sethostname(infra.hostname.as_bytes())
         .map_err(failed("setting the hostname"))?;
-    loopback_up().map_err(failed("bringing the loopback interface up"))?;
     for (name, value) in &infra.sysctls {
         let path = sysctl_path(name).ok_or(format!("sysctl {name} is not the pod's own"))?;
         std::fs::write(path, value).map_err(failed(format!("setting sysctl {name}")))?;

@@ -4,14 +4,15 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
+use libcontainer::capabilities;
 use libcontainer::syscall::syscall::create_syscall;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
-use libcontainer::{capabilities, seccomp};
 use nix::unistd::{AccessFlags, access};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxCapabilities, Spec};
 use rustix::termios::tcsetwinsize;
 
-use super::{Confinement, Reply};
+use super::Reply;
+use crate::container::seccomp::Program;
 use crate::stdio::Size;
 
 const NOT_FOUND: &str = "hull: program not found: ";
@@ -20,31 +21,46 @@ const NOT_EXECUTABLE: &str = "hull: program not executable: ";
 const MARK: char = '\u{1}';
 
 /// How the process becomes its program.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Launch {
     exec: bool,
-    confinement: Option<Confinement>,
+    limits: Limits,
     terminal_size: Option<Size>,
 }
 
+/// What the program may do.
+#[derive(Clone, Debug, Default)]
+pub struct Limits {
+    pub filter: Option<Program>,
+    /// See [`super::Confinement::capabilities`].
+    pub capabilities: Option<LinuxCapabilities>,
+}
+
 impl Launch {
-    pub fn exec(confinement: Confinement, terminal_size: Option<Size>) -> Self {
+    /// A container's first process.
+    pub fn first(limits: Limits) -> Self {
+        Self {
+            exec: false,
+            limits,
+            terminal_size: None,
+        }
+    }
+
+    pub fn exec(limits: Limits, terminal_size: Option<Size>) -> Self {
         Self {
             exec: true,
-            confinement: Some(confinement),
+            limits,
             terminal_size,
         }
     }
 
     fn confine(&self) -> Result<(), String> {
-        let Some(confinement) = &self.confinement else {
-            return Ok(());
-        };
-        if let Some(filter) = &confinement.seccomp {
-            seccomp::initialize_seccomp(filter)
+        if let Some(filter) = &self.limits.filter {
+            filter
+                .load()
                 .map_err(|error| format!("loading the seccomp filter: {error}"))?;
         }
-        if let Some(wanted) = &confinement.capabilities {
+        if let Some(wanted) = &self.limits.capabilities {
             capabilities::drop_privileges(wanted, create_syscall().as_ref())
                 .map_err(|error| format!("dropping capabilities: {error}"))?;
         }
@@ -68,6 +84,10 @@ impl Executor for Launch {
             .find_map(|entry| entry.strip_prefix("PATH="))
             .unwrap_or_default();
         match find(program, path) {
+            // The last that is done before the container waits for its start: as libcontainer would.
+            Found::Executable if !self.exec => self
+                .confine()
+                .map_err(ExecutorValidationError::ArgValidationError),
             Found::Executable => Ok(()),
             Found::Missing => refuse(format!("{NOT_FOUND}{program}{MARK}")),
             Found::NotExecutable => refuse(format!("{NOT_EXECUTABLE}{program}{MARK}")),
@@ -89,7 +109,9 @@ impl Executor for Launch {
         // Rust's start-up ignores it, and a program inherits that.
         // SAFETY: the default action runs no code of ours.
         unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
-        self.confine().map_err(ExecutorError::Other)?;
+        if self.exec {
+            self.confine().map_err(ExecutorError::Other)?;
+        }
 
         let Err(errno) = nix::unistd::execvp(program, &args);
         if self.exec {

@@ -8,19 +8,22 @@ use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
 use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::thread::set_name;
 use tracing::level_filters::LevelFilter;
 
-use super::launch::Launch;
-use super::{Create, Exec, MAX_MESSAGE, Reply, Request, infra, launch};
+use super::launch::{Launch, Limits};
+use super::parent::Kind;
+use super::{Confinement, Create, Exec, MAX_MESSAGE, Reply, Request, infra, launch};
+use crate::container::seccomp::Program;
 use crate::error::shorten;
 use crate::message;
 
 /// Longest text of a failure, in bytes.
 const MAX_TEXT: usize = 900;
 
-/// Runs the helper. Its socket is descriptor 0.
-pub fn main() -> ExitCode {
-    match serve() {
+/// Runs the helper, which the agent asks on `socket`.
+pub fn main(socket: &OwnedFd, kind: Kind) -> ExitCode {
+    match serve(socket, kind) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("hull-agent: a helper failed: {error}");
@@ -29,31 +32,57 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn serve() -> io::Result<()> {
-    // Descriptor 0 becomes the container's stdin, so the socket moves away from it.
-    let socket = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
-    let null = std::fs::File::open("/dev/null")?;
-    rustix::stdio::dup2_stdin(&null)?;
-    drop(null);
-
+fn serve(socket: &OwnedFd, kind: Kind) -> io::Result<()> {
+    if kind == Kind::Infra {
+        match infra::make_namespaces() {
+            Ok(()) => send(socket, &Reply::Waiting)?,
+            Err(text) => return send(socket, &Reply::Failed { text }),
+        }
+    }
     let mut buffer = vec![0; MAX_MESSAGE];
-    let (count, fds) = message::receive(&socket, &mut buffer, message::MAX_FDS)?;
+    let (count, fds) = message::receive(socket, &mut buffer, message::MAX_FDS)?;
+    if count == 0 {
+        // One that waited, and is not needed.
+        return Ok(());
+    }
     let request: Request = serde_json::from_slice(&buffer[..count])?;
     drop(buffer);
+    // It is only for who looks.
+    let _ = set_name(request.name());
     let log = Log::start()?;
 
-    let reply = match request {
+    let answer = match request {
         Request::Infra(request) => match infra::start(&request) {
             Ok(pid) => Reply::Made { pid },
             Err(text) => Reply::Failed { text },
         },
-        Request::Create(request) => reply(create(request, fds), log),
+        Request::Create(request) => reply(create(*request, fds), log),
         Request::Exec(request) => reply(exec(*request, fds), log),
     };
-    message::send(&socket, &serde_json::to_vec(&reply)?, &[])?;
+    send(socket, &answer)?;
     // The agent closes its end when it watches the process.
-    message::receive(&socket, &mut [0], 0)?;
+    message::receive(socket, &mut [0], 0)?;
     Ok(())
+}
+
+fn send(socket: &OwnedFd, reply: &Reply) -> io::Result<()> {
+    message::send(socket, &serde_json::to_vec(reply)?, &[])
+}
+
+fn limits(confinement: Confinement, fds: &mut Vec<OwnedFd>) -> Result<Limits, LibcontainerError> {
+    let filter = match confinement.filter_flags {
+        None => None,
+        Some(flags) => {
+            let program = fds
+                .pop()
+                .ok_or_else(|| LibcontainerError::Other("the seccomp filter is missing".into()))?;
+            Some(Program::read(&program, flags).map_err(LibcontainerError::OtherIO)?)
+        }
+    };
+    Ok(Limits {
+        filter,
+        capabilities: confinement.capabilities,
+    })
 }
 
 fn builder(
@@ -74,25 +103,21 @@ fn builder(
     builder.validate_id()
 }
 
-fn create(request: Create, fds: Vec<OwnedFd>) -> Result<i32, LibcontainerError> {
-    let container = builder(
-        request.id,
-        &request.states,
-        request.console,
-        fds,
-        Launch::default(),
-    )?
-    .as_init(request.bundle)
-    .with_systemd(false)
-    .build()?;
+fn create(request: Create, mut fds: Vec<OwnedFd>) -> Result<i32, LibcontainerError> {
+    let launch = Launch::first(limits(request.confinement, &mut fds)?);
+    let container = builder(request.id, &request.states, request.console, fds, launch)?
+        .as_init(request.bundle)
+        .with_systemd(false)
+        .build()?;
     container
         .pid()
         .map(|pid| pid.as_raw())
         .ok_or_else(|| LibcontainerError::Other("the container has no process".into()))
 }
 
-fn exec(request: Exec, fds: Vec<OwnedFd>) -> Result<i32, LibcontainerError> {
-    let launch = Launch::exec(request.confinement, request.terminal_size);
+fn exec(request: Exec, mut fds: Vec<OwnedFd>) -> Result<i32, LibcontainerError> {
+    let limits = limits(request.confinement, &mut fds)?;
+    let launch = Launch::exec(limits, request.terminal_size);
     let pid = builder(request.id, &request.states, request.console, fds, launch)?
         .as_tenant()
         .with_process(Some(request.process))

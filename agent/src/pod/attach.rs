@@ -8,10 +8,11 @@ use hull_protocol::agent::{AttachRequest, Streams as StreamNumbers};
 use tokio::net::UnixListener;
 
 use super::Pod;
+use crate::container::seccomp::Filter;
 use crate::container::user::User;
 use crate::endpoint::Endpoint;
 use crate::error::{Doing, Error, Result};
-use crate::helper::{self, Request};
+use crate::helper::Request;
 use crate::process::Process;
 use crate::stdio::{self, Claimed, Replaceable, Terminal, Until};
 
@@ -25,6 +26,7 @@ pub(super) struct Attached<'a> {
     /// Where a socket for the terminal may be made.
     pub console: PathBuf,
     pub user: &'a User,
+    pub filter: Option<&'a Filter>,
     pub until: Until,
 }
 
@@ -65,17 +67,21 @@ impl Pod {
             terminal,
             console,
             user,
+            filter,
             until,
         } = attached;
+        let filter = filter.map(Filter::descriptor).transpose()?;
         if !terminal {
             let (theirs, ours) = stdio::pipes(&claimed, user.uid, user.gid)?;
-            let process = helper::call(&self.reaper, &request(None), theirs.into()).await?;
+            let fds = theirs.into_iter().chain(filter).collect();
+            let process = self.helpers.call(&request(None), fds).await?;
             let streams = stdio::copy_pipes(ours, claimed, &process, until);
             return Ok((process, None, streams));
         }
         let listener =
             UnixListener::bind(&console).doing(|| "making the terminal's socket".into())?;
-        let process = helper::call(&self.reaper, &request(Some(console)), Vec::new()).await?;
+        let fds = filter.into_iter().collect();
+        let process = self.helpers.call(&request(Some(console)), fds).await?;
         let master = tokio::time::timeout(CONSOLE, receive_master(&listener))
             .await
             .map_err(|_| Error::State("the terminal did not arrive".into()))

@@ -10,11 +10,12 @@ use super::{Pod, blocking, write_json};
 use crate::container::cgroup::Cgroup;
 use crate::container::disk;
 use crate::container::mounts::{self, Placed};
+use crate::container::seccomp::Filter;
 use crate::container::spec::{self, Source};
 use crate::container::user::{self, User};
-use crate::container::{Container, Places, Root, Running, Slot, check_name, devices, reserve};
+use crate::container::{Container, Places, Root, Running, Slot, check_name, reserve};
 use crate::error::{Error, Result};
-use crate::helper::{self, Request};
+use crate::helper::{self, Confinement, Request};
 use crate::modules;
 use crate::stdio::{Size, Until};
 
@@ -74,18 +75,20 @@ impl Pod {
                 blocking(move || pod.prepare(&request, &places, &cgroup)).await?
             };
             let create = |console| {
-                Request::Create(helper::Create {
+                Request::Create(Box::new(helper::Create {
                     id: id.clone(),
                     states: self.run.join("state"),
                     bundle: places.bundle.clone(),
                     console,
-                })
+                    confinement: prepared.confinement.clone(),
+                }))
             };
             let attached = Attached {
                 claimed,
                 terminal: numbers.tty,
                 console: places.bundle.join("console"),
                 user: &prepared.user,
+                filter: prepared.filter.as_deref(),
                 until: Until::Closed,
             };
             let (process, terminal, streams) = self.run_helper(attached, create).await?;
@@ -100,6 +103,7 @@ impl Pod {
                 places,
                 cgroup,
                 prepared.spec,
+                prepared.filter,
                 first,
                 prepared.root,
             )),
@@ -149,7 +153,13 @@ impl Pod {
         places: &Places,
         cgroup: &Cgroup,
     ) -> Result<Prepared> {
-        let given = spec::parse(&request.spec)?;
+        let spec::Given {
+            spec: given,
+            seccomp,
+        } = spec::parse(&request.spec)?;
+        let filter = seccomp
+            .map(|profile| self.filters.get(&profile))
+            .transpose()?;
         places.make()?;
         let share = self.run.join("share");
         let from = match request.disk.as_ref() {
@@ -207,7 +217,12 @@ impl Pod {
         if spec::may_change_network(&spec) {
             modules::load_for_iptables();
         }
-        write_json(&places.bundle.join("config.json"), &spec)?;
+        let mut written = spec.clone();
+        let confinement = match written.process_mut() {
+            Some(process) => spec::confine(process, filter.as_deref()),
+            None => Confinement::default(),
+        };
+        write_json(&places.bundle.join("config.json"), &written)?;
         let rules = spec
             .linux()
             .iter()
@@ -216,9 +231,11 @@ impl Pod {
             .flatten()
             .cloned()
             .collect::<Vec<_>>();
-        devices::attach(cgroup.open()?, &rules)?;
+        self.devices.attach(cgroup.open()?, &rules)?;
         Ok(Prepared {
             spec,
+            filter,
+            confinement,
             user,
             _placed: placed,
             root: from,
@@ -229,6 +246,8 @@ impl Pod {
 /// What comes out of [`Pod::prepare`].
 struct Prepared {
     spec: Spec,
+    filter: Option<Arc<Filter>>,
+    confinement: Confinement,
     user: User,
     /// Held until the container has its own copies.
     _placed: Vec<Placed>,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use hull_protocol::agent::ExecRequest;
-use oci_spec::runtime::{LinuxCapabilities, Process as OciProcess};
+use oci_spec::runtime::Process as OciProcess;
 
 use super::attach::Attached;
 use super::{Pod, write_json};
@@ -79,6 +79,7 @@ impl Pod {
             terminal: numbers.tty,
             console: directory.0.join("console"),
             user: &user,
+            filter: container.filter.as_deref(),
             until: Until::Ended,
         };
         let (process, terminal, streams) = self.run_helper(attached, exec).await?;
@@ -153,34 +154,6 @@ fn exec_process(
     }
     process.set_env(Some(env));
     let mut process = spec::with_user(process, &user, terminal)?;
-    let seccomp = container
-        .spec
-        .linux()
-        .as_ref()
-        .and_then(|linux| linux.seccomp().clone());
-    // Loading a filter needs CAP_SYS_ADMIN, or no_new_privileges.
-    let mut capabilities = None;
-    if seccomp.is_some() && process.no_new_privileges().is_none() {
-        capabilities = process.capabilities().clone();
-        process.set_capabilities(capabilities.clone().map(with_filter_loading));
-    }
-    let confinement = Confinement {
-        seccomp,
-        capabilities,
-    };
+    let confinement = spec::confine(&mut process, container.filter.as_deref());
     Ok((process, confinement, user))
-}
-
-/// Adds what loading a filter, and dropping this again, needs.
-fn with_filter_loading(mut given: LinuxCapabilities) -> LinuxCapabilities {
-    use oci_spec::runtime::Capability::{Setpcap, SysAdmin};
-    let with = |set: &Option<oci_spec::runtime::Capabilities>| {
-        let mut set = set.clone().unwrap_or_default();
-        set.extend([SysAdmin, Setpcap]);
-        Some(set)
-    };
-    given.set_bounding(with(given.bounding()));
-    given.set_effective(with(given.effective()));
-    given.set_permitted(with(given.permitted()));
-    given
 }

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use super::{Infra, Pod, blocking};
 use crate::container::{Exit, cgroup, check_name};
 use crate::error::{Doing, Error, Result};
-use crate::helper::{self, Request, infra};
+use crate::helper::{Request, infra};
 
 const MAX_MEMORY_VOLUMES: usize = 256;
 const MAX_SYSCTLS: usize = 256;
@@ -38,7 +38,7 @@ impl Pod {
             sysctls,
             cgroup_procs: cgroup::infra_procs(),
         });
-        let process = helper::call(&self.reaper, &request, Vec::new()).await?;
+        let process = self.helpers.call(&request, Vec::new()).await?;
         let pid = process.pid.as_raw_nonzero().get().unsigned_abs();
         let (sender, exit) = watch::channel(None);
         let ending = process.clone();

@@ -21,8 +21,11 @@ use std::time::Duration;
 use rustix::mount::{UnmountFlags, unmount};
 use tokio::sync::{Semaphore, watch};
 
+use crate::container::devices::Programs;
+use crate::container::seccomp::Filters;
 use crate::container::{Container, Exit, Root, Slot, exited, ready};
 use crate::error::{Doing, Error, Result};
+use crate::helper::Helpers;
 use crate::process::{Process, Reaper};
 use crate::stdio::Size;
 use crate::streams::Streams;
@@ -34,7 +37,9 @@ const ENDING: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Pod {
     run: PathBuf,
-    reaper: Arc<Reaper>,
+    helpers: Helpers,
+    filters: Filters,
+    devices: Programs,
     streams: Arc<Streams>,
     infra_claimed: AtomicBool,
     infra: OnceLock<Infra>,
@@ -63,7 +68,9 @@ impl Pod {
         }
         Ok(Self {
             run,
-            reaper,
+            helpers: Helpers::new(reaper),
+            filters: Filters::default(),
+            devices: Programs::default(),
             streams,
             infra_claimed: AtomicBool::new(false),
             infra: OnceLock::new(),
@@ -72,6 +79,11 @@ impl Pod {
             network: tokio::sync::Mutex::default(),
             forwards: Arc::new(Semaphore::new(network::MAX_FORWARDS)),
         })
+    }
+
+    /// Does ahead what the pod's beginning will need.
+    pub async fn get_ready(&self) -> Result<()> {
+        self.helpers.get_ready().await
     }
 
     fn containers(&self) -> MutexGuard<'_, HashMap<String, Slot<Container>>> {

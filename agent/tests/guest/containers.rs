@@ -381,7 +381,7 @@ async fn seccomp_filters_a_container_and_its_execs(world: World) {
                 &[
                     "sh",
                     "-c",
-                    "mkdir /tmp/made; grep -E 'Cap(Eff|Bnd)' /proc/self/status",
+                    "mkdir /tmp/made; grep -E '^(Cap|Seccomp|NoNewPrivs)' /proc/self/status",
                 ],
                 |_| {},
             )
@@ -391,11 +391,22 @@ async fn seccomp_filters_a_container_and_its_execs(world: World) {
             .exec(
                 "c20",
                 "e",
-                &["grep", "-E", "Cap(Eff|Bnd)", "/proc/1/status"],
+                &["grep", "-E", "^(Cap|Seccomp|NoNewPrivs)", "/proc/1/status"],
                 |_| {},
             )
             .await;
         assert_eq!(out, first);
+        // Filtering, by one filter.
+        assert!(
+            first.contains("Seccomp:\t2\nSeccomp_filters:\t1\n"),
+            "{first}"
+        );
+        // CAP_SYS_ADMIN, which is needed to load one.
+        let bounding = first
+            .lines()
+            .find_map(|line| line.strip_prefix("CapBnd:\t"));
+        let bounding = u64::from_str_radix(bounding.unwrap(), 16).unwrap();
+        assert_eq!(bounding & 1 << 21, 0, "{first}");
         world.end("c20").await;
     }
 }

@@ -15,6 +15,7 @@ crate::tests!(
     failed_execs_are_told,
     execs_need_a_running_container,
     many_execs_leave_nothing,
+    helpers_come_from_another_parent_when_one_is_killed,
 );
 
 async fn an_exec_has_output_exit_code_environment_and_directory(world: World) {
@@ -207,4 +208,34 @@ async fn many_execs_leave_nothing(world: World) {
     );
     assert_eq!(fs::read_dir("/run/hull/execs").unwrap().count(), 0);
     world.end("e8").await;
+}
+
+async fn helpers_come_from_another_parent_when_one_is_killed(world: World) {
+    world.sleeper("c35").await;
+    let is_parent = |entry: &std::path::Path| {
+        fs::read(entry.join("cmdline")).is_ok_and(|line| line == b"helpers\0")
+    };
+    for round in 0..2 {
+        for entry in fs::read_dir("/proc").unwrap() {
+            let entry = entry.unwrap().path();
+            if is_parent(&entry) {
+                let pid = entry
+                    .file_name()
+                    .unwrap()
+                    .to_str()
+                    .unwrap()
+                    .parse()
+                    .unwrap();
+                let pid = rustix::process::Pid::from_raw(pid).unwrap();
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+            }
+        }
+        // It may not have died yet: then this exec's helper dies, which is said.
+        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+        let (exit, out, _) = world
+            .exec("c35", &format!("e{round}"), &["echo", "yes"], |_| {})
+            .await;
+        assert_eq!((exit.exit_code, out.as_str()), (0, "yes\n"));
+    }
+    world.end("c35").await;
 }

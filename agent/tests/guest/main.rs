@@ -2,7 +2,7 @@
 //!
 //! Runs as root where cgroup v2 is the only hierarchy, in namespaces of its own:
 //! `scripts/lab target/x86_64-unknown-linux-gnu/debug/deps/guest-…`, or `cargo test
-//! -p hull-agent --test guest` on such a machine. This program is the helper, too: the
+//! -p hull-agent --test guest` on such a machine. This program is the helpers, too: the
 //! agent starts itself from /proc/self/exe.
 
 mod amounts;

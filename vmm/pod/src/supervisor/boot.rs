@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use hull_machine::client::{GuestConnection, LaunchError, Machine, NetSpec, SnapshotFiles};
 use hull_machine::control::ExitReason;
+use hull_machine::memory::working_set::Accesses;
 use hull_machine::steps::Started;
 use hull_protocol::READY_PORT;
 use jiff::Timestamp;
@@ -168,7 +169,7 @@ impl Candidate {
         let console = console.try_clone().map_err(open("the console"))?;
         let begin = Begin::Clone {
             files: template.files,
-            working_set: template.working_set,
+            accesses: template.accesses,
         };
         match recipe.launch(begin, console, share.as_fd()).await {
             Err(failure @ PodFailure::Launch(_)) => self.reject(&failure).boot().await,
@@ -288,7 +289,7 @@ impl Recipe {
     ) -> Result<Launched, PodFailure> {
         let begin = Begin::Clone {
             files,
-            working_set: Vec::new(),
+            accesses: Accesses::Unknown,
         };
         self.launch(begin, console, share).await
     }
