@@ -15,7 +15,8 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 use ttrpc::r#async::{Server, TtrpcContext};
 
-use super::{Agent, AgentError, Connect, GuestSize, Process, TEXT_MAX};
+use super::failure::TEXT_MAX;
+use super::{Agent, AgentError, Connect, GuestSize, Process};
 
 const LIMIT: Duration = Duration::from_millis(300);
 /// Longer than any call may take.
