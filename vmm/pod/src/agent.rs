@@ -14,9 +14,9 @@ use async_trait::async_trait;
 use hull_machine::client::{ConnectError, Machine};
 pub use hull_protocol::agent::Disk;
 use hull_protocol::agent::{
-    AttachRequest, CreateContainerRequest, Empty, ExecRequest, HelloRequest, MemoryVolume,
-    PidNamespace, ProcessesRequest, RemoveContainerRequest, RemoveExecRequest, ResizeRequest,
-    SignalRequest, StartContainerRequest, StartInfraRequest, Streams, WaitRequest,
+    AttachRequest, CreateContainerRequest, Empty, ExecRequest, GetReadyRequest, HelloRequest,
+    MemoryVolume, PidNamespace, ProcessesRequest, RemoveContainerRequest, RemoveExecRequest,
+    ResizeRequest, SignalRequest, StartContainerRequest, StartInfraRequest, Streams, WaitRequest,
 };
 use hull_protocol::agent_ttrpc::AgentClient;
 use hull_protocol::{AGENT_PORT, STREAM_MAGIC, STREAM_PORT};
@@ -256,6 +256,24 @@ impl Agent {
             agent_version: shown(&answer.agent_version),
             kernel_release: shown(&answer.kernel_release),
         })
+    }
+
+    /// Has the guest do ahead what pods like this one begin with: of [`crate::oci::usual`].
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn get_ready(&self, usual: &oci_spec::runtime::Spec) -> Result<(), AgentError> {
+        let spec = serde_json::to_vec(usual).map_err(|error| AgentError::Protocol {
+            call: "GetReady",
+            message: error.to_string(),
+        })?;
+        let request = GetReadyRequest {
+            spec,
+            ..Default::default()
+        };
+        self.call("GetReady", self.client.get_ready(self.context(), &request))
+            .await
+            .map(drop)
     }
 
     /// Makes the pod's namespaces.
