@@ -2,12 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use hull_tests::eventually;
+use hull_tests::host::signal;
 use hull_tests::hull::{Hull, assert_success};
 use hull_tests::pod::{Pod, sleepers};
+use rustix::process::Signal;
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -352,4 +354,58 @@ fn what_can_not_be_put_aside_is_refused_and_goes_on() {
     pod.stop();
     assert!(refused(&hull, &["snapshot", "small", text(&directory)], 1).contains("not running"));
     assert!(!directory.exists());
+}
+
+/// `hull snapshot` of a pod whose machine stands still, so that it can come to no end, once it has made its files.
+fn endless_snapshot(hull: &Hull, pod: &Pod<'_>, directory: &Path) -> Child {
+    signal(pod.pid("vmmPid"), Signal::STOP);
+    let taking = hull
+        .command(["snapshot".as_ref(), "small".as_ref(), directory.as_os_str()])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let files = || directory.join("files.tar").exists().then_some(());
+    eventually("it has begun", LIMIT, files);
+    taking
+}
+
+#[test]
+fn a_snapshot_that_is_given_up_leaves_a_pod_that_goes_on() {
+    let hull = Hull::new();
+    let pod = Pod::start(&hull, "small", &sleepers("small", &[("main", "")], ""));
+    let (new, empty) = (hull.work_dir().join("new"), hull.work_dir().join("empty"));
+    fs::create_dir(&empty).unwrap();
+    for directory in [&new, &empty] {
+        let taking = endless_snapshot(&hull, &pod, directory);
+        signal(i32::try_from(taking.id()).unwrap(), Signal::INT);
+        let given_up = taking.wait_with_output().unwrap();
+        signal(pod.pid("vmmPid"), Signal::CONT);
+
+        let said = String::from_utf8_lossy(&given_up.stderr).into_owned();
+        assert_eq!(given_up.status.code(), Some(130), "{said}");
+        assert!(said.contains("the pod goes on"), "{said}");
+        assert_eq!(pod.sh("main", "echo goes on"), "goes on");
+    }
+    assert!(!new.exists());
+    assert_eq!(fs::read_dir(&empty).unwrap().count(), 0);
+
+    // Killed, it can't tidy up.
+    let mut taking = endless_snapshot(&hull, &pod, &new);
+    taking.kill().unwrap();
+    taking.wait().unwrap();
+    signal(pod.pid("vmmPid"), Signal::CONT);
+    assert_eq!(pod.sh("main", "echo goes on"), "goes on");
+    let left = refused(&hull, &["snapshot", "small", text(&new)], 2);
+    assert!(
+        left.contains("parts of a snapshot") && left.contains("files.tar"),
+        "{left}"
+    );
+    let none = refused(&hull, &["restore", text(&new)], 2);
+    assert!(none.contains("there is no snapshot.json"), "{none}");
+    fs::remove_dir_all(&new).unwrap();
+    snapshot(&hull, "small", &new);
+    let again = refused(&hull, &["snapshot", "small", text(&new)], 2);
+    assert!(again.contains("has a snapshot already"), "{again}");
+    drop(pod);
+    drop(restore(&hull, &new, "small"));
 }

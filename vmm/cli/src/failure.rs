@@ -107,7 +107,12 @@ impl Failure {
             | Self::Manifest(_)
             | Self::Configuration(_)
             | Self::Template(TemplateError::BadPolicy(_))
-            | Self::Snapshot(SnapshotError::NotEmpty(_) | SnapshotError::None(_))
+            | Self::Snapshot(
+                SnapshotError::NotEmpty(_)
+                | SnapshotError::Taken(_)
+                | SnapshotError::Left { .. }
+                | SnapshotError::None(_),
+            )
             | Self::Network(NetworkError::Refused(_) | NetworkError::NoSuchNetwork(_)) => 2,
             Self::Exit(code) | Self::WithCode { code, .. } => *code,
             _ => 1,

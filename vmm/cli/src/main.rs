@@ -2,6 +2,7 @@
 
 mod commands;
 mod failure;
+mod interrupts;
 mod output;
 mod pods;
 mod printer;
@@ -31,7 +32,7 @@ Exit codes:
   125  exec, attach-container: hull itself failed
   126  exec, attach-container: the program can't be executed
   127  exec, attach-container: there is no such program
-  130  run: interrupted by Ctrl-C
+  130  run, snapshot: interrupted by Ctrl-C
   `run` returns the code of the container that failed first, `exec` and `attach-container`
   that of their process (128 + N when signal N ended it).";
 

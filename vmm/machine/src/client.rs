@@ -6,9 +6,9 @@
 //! The jailed process is a child of the calling process: nobody there may wait for
 //! "any child".
 
+mod accessed;
 mod answers;
 mod spec;
-mod written;
 
 use std::convert::Infallible;
 use std::io;
@@ -33,7 +33,7 @@ use crate::control::{
     AddedMemory, ConnectRefused, DiskRefused, Event, ExitReason, MemoryRefused, PlugRefused,
     Request, SnapshotRefused,
 };
-use crate::memory::working_set::PageRange;
+use crate::memory::working_set::WorkingSet;
 use crate::steps::Started;
 use crate::warnings::WARNING_CHARS;
 
@@ -385,13 +385,14 @@ impl Machine {
         taken.map_err(SnapshotError::Refused)
     }
 
-    /// The pages of its memory file that a restored machine has written to so far, as [`MachineSpec::working_set`] takes
-    /// them. Blocking: a millisecond for each GiB.
+    /// The pages of its memory file that a restored machine has accessed so far; what was only read is known of one whose
+    /// accesses were [to be seen](crate::memory::working_set::Accesses::ToBeSeen). Blocking: some milliseconds for each
+    /// GiB.
     ///
     /// # Errors
     /// When the kernel doesn't tell, or the process is gone.
-    pub fn written_pages(&self, memory: BorrowedFd<'_>) -> io::Result<Vec<PageRange>> {
-        written::written_pages(self.pid, memory)
+    pub fn working_set(&self, memory: BorrowedFd<'_>) -> io::Result<WorkingSet> {
+        accessed::working_set(self.pid, memory)
     }
 
     /// Lets the guest's processors go on. Done again, it does nothing.

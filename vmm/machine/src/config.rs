@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
 
-use crate::memory::working_set::PageRange;
+use crate::memory::working_set::Accesses;
 
 /// Position of a descriptor among those sent with the configuration message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,10 +61,10 @@ pub enum Start {
         /// The two files, open for reading. They may be shared with other machines.
         state: FdIndex,
         memory: FdIndex,
-        /// Pages of the memory file that the guest will soon have written to, as far as that is known: at most
+        /// Pages of the memory file that the guest will soon access, as far as that is known: of each kind, at most
         /// [`MAX_RANGES`](crate::memory::working_set::MAX_RANGES) and
         /// [`MAX_PAGES`](crate::memory::working_set::MAX_PAGES) count.
-        working_set: Vec<PageRange>,
+        accesses: Accesses,
     },
 }
 

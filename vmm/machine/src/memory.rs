@@ -4,6 +4,7 @@
 //! It is never unmapped: the process is the machine, and ends with it.
 
 mod piece;
+pub mod watch;
 pub mod working_set;
 
 use std::ptr::null_mut;

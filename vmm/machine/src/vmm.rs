@@ -42,7 +42,8 @@ use crate::kvm::state::{ClockState, KvmState, VcpuState};
 use crate::kvm::vcpu::{Created, Mmio, Running, States, Vcpu};
 use crate::kvm::vm::{KvmError, Vm};
 use crate::layout::{PCI_MMIO64_SIZE, pci_mmio64_start};
-use crate::memory::{self, GuestRam, MemoryError, working_set};
+use crate::memory::working_set::{self, Accesses};
+use crate::memory::{self, GuestRam, MemoryError, watch};
 use crate::pci::{PciError, PciRoot, RestoreBusError};
 use crate::snapshot::format::ReadError;
 use crate::snapshot::{self, MachineState, SnapshotError};
@@ -139,6 +140,8 @@ pub struct Machine {
     ready: Vec<Vcpu>,
     running: Vec<Running>,
     aside: Aside,
+    /// Memory is watched as long as this is open.
+    _watch: Option<OwnedFd>,
 }
 
 /// What the machine is put aside with.
@@ -180,6 +183,15 @@ impl Machine {
             return Err(BuildError::Processors(config.vcpus));
         }
         let (ram, mut state) = load_memory(config, &mut descriptors)?;
+        let to_be_seen = matches!(
+            config.start,
+            Start::Snapshot {
+                accesses: Accesses::ToBeSeen,
+                ..
+            }
+        );
+        // On a host that can't, less will be known.
+        let watch = to_be_seen.then(|| watch::one_page_at_a_time(&ram).ok());
         let (memory, managed) = match config.memory_device_mib {
             0 => (ram, None),
             mib => {
@@ -228,13 +240,20 @@ impl Machine {
             cpuid,
         } = created;
         steps.end("processors");
-        if let Start::Snapshot { working_set, .. } = &config.start
+        if let Start::Snapshot {
+            accesses: Accesses::Known(known),
+            ..
+        } = &config.start
             && let Some(first) = vcpus.first()
         {
-            let runs = working_set::runs(&memory, working_set);
+            let runs = working_set::runs(&memory, &known.written);
             working_set::copy(&runs);
             first.map_ahead(&runs);
-            steps.end("working set");
+            steps.end("pages to be written");
+            let runs = working_set::runs(&memory, &known.read);
+            working_set::map(&runs);
+            first.map_ahead(&runs);
+            steps.end("pages to be read");
         }
         let mut off = Vec::new();
         let mut memory_mib = config.memory_mib;
@@ -265,6 +284,7 @@ impl Machine {
                 states: mpsc::channel(),
                 suspended: false,
             },
+            _watch: watch.flatten(),
         })
     }
 

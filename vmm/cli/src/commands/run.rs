@@ -19,8 +19,9 @@ use k8s_openapi::api::core::v1::Container;
 use crate::Host;
 use crate::commands::supervise::Order;
 use crate::failure::Failure;
+use crate::interrupts::Interrupts;
 use crate::pods;
-use attendance::{Attendance, Interrupts};
+use attendance::Attendance;
 use networking::{NetworkArgs, Networking};
 
 /// Run the pods of a manifest

@@ -6,7 +6,7 @@ use hull_pod::client::Client;
 use hull_pod::images::{ImageError, Store};
 use hull_pod::networks::{Netavark, Networks};
 use hull_pod::snapshots::{Snapshot, Unfinished};
-use hull_pod::state::{Claim, Liveness, Phase, PodStatus, Registry};
+use hull_pod::state::{Claim, Liveness, Phase, PodRecord, PodStatus, Registry};
 use hull_pod::supervisor::Installation;
 use hull_pod::text::chain;
 use hull_pod::volumes::{self, VolumeError};
@@ -14,13 +14,14 @@ use hull_pod::volumes::{self, VolumeError};
 use crate::Host;
 use crate::commands::supervise::Order;
 use crate::failure::Failure;
+use crate::interrupts::{INTERRUPTED, Interrupts};
 use crate::pods;
 
 /// Put a running pod aside in a directory, from which hull restore lets it go on
 ///
 /// The pod stands still meanwhile, and goes on after that. In the directory are the machine's memory, with all secrets
 /// in it, what the containers have written into their root file systems and emptyDir volumes, and their logs; not what is
-/// in hostPath volumes, and no images.
+/// in hostPath volumes, and no images. Ctrl-C gives it up: the pod goes on, and nothing is left in the directory.
 #[derive(Debug, clap::Args)]
 pub struct SnapshotArgs {
     /// Name or id
@@ -53,14 +54,25 @@ pub fn snapshot(host: &Host, args: &SnapshotArgs) -> Result<(), Failure> {
             record.status.name
         )));
     }
-    let unfinished = Unfinished::begin(&args.directory)?;
-    let files = unfinished.files()?;
     pods::runtime()?.block_on(async {
-        let client = Client::connect(&record.dir)?;
-        client.snapshot(&files).await
-    })?;
+        let mut interrupts = Interrupts::new()?;
+        tokio::select! {
+            taken = take(&record, &args.directory) => taken,
+            () = interrupts.next() => {
+                eprintln!("hull: interrupted; the pod goes on, and nothing is left of its snapshot");
+                Err(Failure::Exit(INTERRUPTED))
+            }
+        }
+    })
+}
+
+/// Dropped, it leaves nothing.
+async fn take(record: &PodRecord, directory: &Path) -> Result<(), Failure> {
+    let unfinished = Unfinished::begin(directory)?;
+    let files = unfinished.files()?;
+    Client::connect(&record.dir)?.snapshot(&files).await?;
     drop(files);
-    Ok(unfinished.finish()?)
+    Ok(unfinished.finish().await?)
 }
 
 pub fn restore(host: &Host, args: RestoreArgs) -> Result<(), Failure> {

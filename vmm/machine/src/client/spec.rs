@@ -8,7 +8,7 @@ use crate::config::{
     BlockConfig, BootConfig, CachePolicy, ConsoleConfig, FdIndex, MachineConfig, NetConfig,
     NetLimits, ShareConfig, Start, TapConfig, TapDescriptors, VsockConfig,
 };
-use crate::memory::working_set::PageRange;
+use crate::memory::working_set::Accesses;
 
 /// A machine as the supervisor describes it, with the descriptors it hands over.
 #[derive(Debug)]
@@ -47,7 +47,7 @@ impl MachineSpec {
         let start = Start::Snapshot {
             state: FdIndex(2),
             memory: FdIndex(3),
-            working_set: Vec::new(),
+            accesses: Accesses::Unknown,
         };
         let SnapshotFiles { state, memory } = files;
         Self::starting(start, vec![kvm.into(), console.into(), state, memory])
@@ -80,13 +80,13 @@ impl MachineSpec {
         self
     }
 
-    /// Of a restored machine: pages of its memory that it will soon have written to, from
-    /// [`super::Machine::written_pages`] of another that went on from the same files. They are its own from the start,
-    /// and so cost it less time.
+    /// Of a restored machine: what is known of the pages that it will soon access, from
+    /// [`super::Machine::working_set`] of another that went on from the same files. It has them from the start, and so
+    /// they cost it less time.
     #[must_use]
-    pub fn working_set(mut self, pages: Vec<PageRange>) -> Self {
-        if let Start::Snapshot { working_set, .. } = &mut self.config.start {
-            *working_set = pages;
+    pub fn accesses(mut self, known: Accesses) -> Self {
+        if let Start::Snapshot { accesses, .. } = &mut self.config.start {
+            *accesses = known;
         }
         self
     }

@@ -1,7 +1,7 @@
-//! The pages that a machine which goes on from a snapshot writes to first, as far as that is known from another.
+//! The pages that a machine which goes on from a snapshot accesses first, as far as that is known from another.
 //!
-//! Each such page costs two faults while the guest runs, one when it is read and one when it is copied. Copied before,
-//! all at once, it costs none.
+//! Each page that is read costs a fault while the guest runs, and one more when it is written and so copied. Mapped and
+//! copied before, all at once, it costs none.
 
 use rustix::mm::{Advice, madvise};
 use serde::{Deserialize, Serialize};
@@ -11,8 +11,8 @@ use super::{GuestRam, whole_pieces};
 
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
-/// As many ranges as are told of a machine, and as many pages altogether: 32 MiB. A message has room for them.
-pub const MAX_RANGES: usize = 2048;
+/// As many ranges of each kind as are told of a machine, and as many pages of each: 32 MiB. A message has room for them.
+pub const MAX_RANGES: usize = 1536;
 pub const MAX_PAGES: u64 = 8192;
 
 /// Pages of a snapshot's memory file, one after another.
@@ -33,6 +33,23 @@ impl From<PageRange> for (u64, u64) {
     fn from(range: PageRange) -> Self {
         (range.first, range.count)
     }
+}
+
+/// Pages by what is done to them, each once.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkingSet {
+    pub written: Vec<PageRange>,
+    /// And not written.
+    pub read: Vec<PageRange>,
+}
+
+/// What is known of the pages that a machine will access.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Accesses {
+    Unknown,
+    /// This is the machine whose accesses are to be seen, from outside.
+    ToBeSeen,
+    Known(WorkingSet),
 }
 
 /// Guest memory that is one piece in this process, too.
@@ -76,10 +93,19 @@ pub fn runs(ram: &GuestRam, ranges: &[PageRange]) -> Vec<Run> {
 /// Gives this process pages of its own there, with what the file has. A kernel that can't (before 5.14) leaves it to
 /// the guest's accesses, and so does one that has no memory left.
 pub fn copy(runs: &[Run]) {
+    populate(runs, Advice::LinuxPopulateWrite);
+}
+
+/// Gives this process the file's pages there, as [`copy`] does.
+pub fn map(runs: &[Run]) {
+    populate(runs, Advice::LinuxPopulateRead);
+}
+
+fn populate(runs: &[Run], advice: Advice) {
     for run in runs {
         // SAFETY: the range is of guest RAM, which is mapped for good; what is in it doesn't change.
-        let copied = unsafe { madvise(run.host.cast(), run.size, Advice::LinuxPopulateWrite) };
-        if copied.is_err() {
+        let populated = unsafe { madvise(run.host.cast(), run.size, advice) };
+        if populated.is_err() {
             return;
         }
     }

@@ -5,29 +5,41 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
+
+use tokio::io::AsyncReadExt;
 
 use crate::text::{cut, printable};
 
-/// What tar says of a fault, at most.
-const MESSAGE_MAX: usize = 1000;
+/// Bytes of what tar says of a fault, and of them as they are told, at most.
+const MESSAGE_MAX: u64 = 1000;
+const MESSAGE_CHARS: usize = 1000;
 /// Made anew for each mount, and nothing of the pod's.
 const LEFT_OUT: [&str; 2] = ["./rootfs/*/work", "./rootfs/*/stage"];
 /// A file was written to meanwhile (tar(1)): a log, for all else stands still.
 const CHANGED: i32 = 1;
 
-/// Writes what is below `data` to `archive`. Nothing of the pod may run.
+/// Writes what is below `data` to `archive`. Nothing of the pod may run. Dropping the future ends it.
 ///
 /// # Errors
 /// When it can't be read or written, or there is no tar.
-pub(crate) fn pack(data: &Path, archive: OwnedFd) -> io::Result<()> {
+pub(crate) async fn pack(data: &Path, archive: OwnedFd) -> io::Result<()> {
     let mut tar = tar(data);
     tar.args(["--create", "--format=posix", "--sparse"])
         .args(["--anchored", "--no-wildcards-match-slash"])
         .args(LEFT_OUT.map(|pattern| format!("--exclude={pattern}")))
         .arg(".")
         .stdout(Stdio::from(archive));
-    finish(tar.spawn().map_err(no_tar)?, &[0, CHANGED])
+    let mut tar = tokio::process::Command::from(tar);
+    let mut tar = tar.kill_on_drop(true).spawn().map_err(no_tar)?;
+    let mut message = Vec::new();
+    if let Some(mut stderr) = tar.stderr.take() {
+        // As in `unpack`.
+        let mut beginning = (&mut stderr).take(MESSAGE_MAX);
+        let _ = beginning.read_to_end(&mut message).await;
+        let _ = tokio::io::copy(&mut stderr, &mut tokio::io::sink()).await;
+    }
+    judge(tar.wait().await?, &message, &[0, CHANGED])
 }
 
 /// Puts what is in `archive` below `data`.
@@ -39,7 +51,14 @@ pub(crate) fn unpack(archive: File, data: &Path) -> io::Result<()> {
     tar.args(["--extract", "--same-owner", "--same-permissions"])
         .stdin(Stdio::from(archive))
         .stdout(Stdio::null());
-    finish(tar.spawn().map_err(no_tar)?, &[0])
+    let mut tar = tar.spawn().map_err(no_tar)?;
+    let mut message = Vec::new();
+    if let Some(mut stderr) = tar.stderr.take() {
+        // The beginning tells; the rest is read so that tar can end.
+        let _ = Read::take(&mut stderr, MESSAGE_MAX).read_to_end(&mut message);
+        let _ = io::copy(&mut stderr, &mut io::sink());
+    }
+    judge(tar.wait()?, &message, &[0])
 }
 
 fn tar(directory: &Path) -> Command {
@@ -63,23 +82,14 @@ fn no_tar(error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("running tar: {error}"))
 }
 
-fn finish(mut tar: Child, good: &[i32]) -> io::Result<()> {
-    let mut message = Vec::new();
-    if let Some(mut stderr) = tar.stderr.take() {
-        // The beginning tells; the rest is read so that tar can end.
-        let _ = (&mut stderr)
-            .take(MESSAGE_MAX as u64)
-            .read_to_end(&mut message);
-        let _ = io::copy(&mut stderr, &mut io::sink());
-    }
-    let status = tar.wait()?;
+fn judge(status: ExitStatus, message: &[u8], good: &[i32]) -> io::Result<()> {
     if status.code().is_some_and(|code| good.contains(&code)) {
         return Ok(());
     }
-    let message = printable(&message).replace("\\n", "; ");
+    let message = printable(message).replace("\\n", "; ");
     Err(io::Error::other(format!(
         "tar: {status}: {}",
-        cut(&message, MESSAGE_MAX).trim_end_matches("; ")
+        cut(&message, MESSAGE_CHARS).trim_end_matches("; ")
     )))
 }
 
@@ -90,8 +100,8 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn what_is_packed_is_unpacked() {
+    #[tokio::test]
+    async fn what_is_packed_is_unpacked() {
         let root = tempfile::tempdir().unwrap();
         let (from, to) = (root.path().join("from"), root.path().join("to"));
         let upper = from.join("rootfs/web/upper");
@@ -113,7 +123,8 @@ mod tests {
         .unwrap();
         let archive = tempfile::tempfile().unwrap();
 
-        pack(&from, archive.try_clone().unwrap().into()).unwrap();
+        let packed = pack(&from, archive.try_clone().unwrap().into());
+        packed.await.unwrap();
         rustix::fs::seek(&archive, rustix::fs::SeekFrom::Start(0)).unwrap();
         unpack(archive, &to).unwrap();
 

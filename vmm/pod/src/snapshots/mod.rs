@@ -38,6 +38,8 @@ use crate::state::{Claim, ContainerStatus, PodStatus, StateError, write_status};
 /// To be raised with every change of what is in the directory. A machine's state has a version of its own.
 const FORMAT: u32 = 1;
 const DESCRIPTION: &str = "snapshot.json";
+/// What it is called while it is written: [`crate::state::replace_file`].
+const DESCRIPTION_NEW: &str = "snapshot.json.new";
 const POD: &str = "pod.json";
 const STATE: &str = "state";
 const MEMORY: &str = "memory";
@@ -58,6 +60,13 @@ pub enum SnapshotError {
     },
     #[error("{path} is not empty; a snapshot needs a directory of its own", path = .0.display())]
     NotEmpty(PathBuf),
+    #[error("{path} has a snapshot already; a new one needs a directory of its own", path = .0.display())]
+    Taken(PathBuf),
+    #[error(
+        "{path} has parts of a snapshot ({found}) and no {DESCRIPTION}: `hull snapshot` is still at it, or was killed; then remove {path} first",
+        path = path.display()
+    )]
+    Left { path: PathBuf, found: String },
     #[error("{path} has no snapshot, or one that was not finished: there is no {DESCRIPTION}", path = .0.display())]
     None(PathBuf),
     #[error("{path} is a snapshot of form {found}; this version of Hull reads form {FORMAT} only", path = path.display())]
@@ -148,15 +157,15 @@ impl Unfinished {
     /// Begins one in a directory that is empty or not there.
     ///
     /// # Errors
-    /// [`SnapshotError::NotEmpty`], or when it can't be made.
+    /// What is there in place of nothing, or when it can't be made.
     pub fn begin(path: &Path) -> Result<Self, SnapshotError> {
         let doing = || format!("making {}", path.display());
         let made = match DirBuilder::new().mode(0o700).create(path) {
             Ok(()) => true,
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                let mut entries = fs::read_dir(path).map_err(io_error(doing()))?;
-                if entries.next().is_some() {
-                    return Err(SnapshotError::NotEmpty(path.to_owned()));
+                let found = names(path).map_err(io_error(doing()))?;
+                if !found.is_empty() {
+                    return Err(in_the_way(path, &found));
                 }
                 false
             }
@@ -198,21 +207,22 @@ impl Unfinished {
         })
     }
 
-    /// Now that all is in them: makes it a snapshot. Reads every file.
+    /// Now that all is in them: makes it a snapshot. Reads every file. Dropping the future leaves nothing.
     ///
     /// # Errors
     /// When a file can't be read or written.
-    pub fn finish(mut self) -> Result<(), SnapshotError> {
+    pub async fn finish(mut self) -> Result<(), SnapshotError> {
         let mut files = BTreeMap::new();
         for name in ALL {
             let path = self.path.join(name);
-            let digest = File::open(&path)
-                .and_then(|file| {
-                    file.sync_all()?;
-                    Digest::of(&file)
-                })
-                .map_err(io_error(format!("reading {}", path.display())))?;
-            files.insert(name.to_owned(), digest);
+            let doing = format!("reading {}", path.display());
+            let digest = tokio::task::spawn_blocking(move || {
+                let file = File::open(path)?;
+                file.sync_all()?;
+                Digest::of(&file)
+            });
+            let digest = digest.await.unwrap_or_else(|error| Err(error.into()));
+            files.insert(name.to_owned(), digest.map_err(io_error(doing))?);
         }
         let description = Description {
             format: FORMAT,
@@ -239,12 +249,35 @@ impl Drop for Unfinished {
             return;
         }
         // What can't be removed is no snapshot without its description.
-        for name in ALL.into_iter().chain([DESCRIPTION, "snapshot.json.new"]) {
+        for name in ALL.into_iter().chain([DESCRIPTION, DESCRIPTION_NEW]) {
             let _ = fs::remove_file(self.path.join(name));
         }
         if self.made {
             let _ = fs::remove_dir(&self.path);
         }
+    }
+}
+
+fn names(path: &Path) -> io::Result<Vec<String>> {
+    let names = fs::read_dir(path)?.map(|entry| Ok(entry?.file_name()));
+    names
+        .map(|name| name.map(|name| name.to_string_lossy().into_owned()))
+        .collect()
+}
+
+/// What is in a directory that was to be empty.
+fn in_the_way(path: &Path, found: &[String]) -> SnapshotError {
+    let path = path.to_owned();
+    let ours = |name: &String| ALL.contains(&&**name) || name == DESCRIPTION_NEW;
+    if found.iter().any(|name| name == DESCRIPTION) {
+        SnapshotError::Taken(path)
+    } else if found.iter().all(ours) {
+        let mut found = found.to_vec();
+        found.sort();
+        let found = found.join(", ");
+        SnapshotError::Left { path, found }
+    } else {
+        SnapshotError::NotEmpty(path)
     }
 }
 

@@ -30,7 +30,7 @@ fn contents(registry: &Registry) -> (Claim, Contents) {
 }
 
 /// A finished snapshot, of a pod with a file on disk.
-fn taken() -> (TempDir, PathBuf, Registry) {
+async fn taken() -> (TempDir, PathBuf, Registry) {
     let root = tempfile::tempdir().unwrap();
     let dirs = Directories::new(root.path().join("run"), root.path().join("data"));
     let registry = Registry::open(dirs, |_, _| Ok(())).unwrap();
@@ -46,8 +46,8 @@ fn taken() -> (TempDir, PathBuf, Registry) {
     File::from(files.machine.memory.try_clone().unwrap())
         .set_len(1 << 20)
         .unwrap();
-    pack(claim.dir.data(), files.files).unwrap();
-    unfinished.finish().unwrap();
+    pack(claim.dir.data(), files.files).await.unwrap();
+    unfinished.finish().await.unwrap();
     registry.abandon(claim).unwrap();
     (root, path, registry)
 }
@@ -56,9 +56,9 @@ fn refused(path: &Path) -> String {
     crate::text::chain(&Snapshot::open(path).unwrap_err())
 }
 
-#[test]
-fn what_is_taken_is_restored() {
-    let (_root, path, registry) = taken();
+#[tokio::test]
+async fn what_is_taken_is_restored() {
+    let (_root, path, registry) = taken().await;
     let mode = fs::metadata(&path).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o700);
 
@@ -85,9 +85,9 @@ fn a_directory_that_is_no_snapshot_is_refused_with_the_reason() {
     assert!(refused(&root.path().join("nowhere")).contains("there is no snapshot.json"));
 }
 
-#[test]
-fn every_damage_is_noticed() {
-    let (_root, path, _) = taken();
+#[tokio::test]
+async fn every_damage_is_noticed() {
+    let (_root, path, _) = taken().await;
     for name in ALL {
         let file = path.join(name);
         let good = fs::read(&file).unwrap();
@@ -110,9 +110,9 @@ fn every_damage_is_noticed() {
     Snapshot::open(&path).unwrap();
 }
 
-#[test]
-fn another_versions_is_refused() {
-    let (_root, path, _) = taken();
+#[tokio::test]
+async fn another_versions_is_refused() {
+    let (_root, path, _) = taken().await;
     let text = fs::read_to_string(path.join(DESCRIPTION)).unwrap();
 
     let newer = text.replace("\"format\": 1", "\"format\": 2");
@@ -127,6 +127,7 @@ fn another_versions_is_refused() {
 #[test]
 fn a_directory_with_something_in_it_is_left_alone() {
     let root = tempfile::tempdir().unwrap();
+    fs::write(root.path().join("mine"), "mine").unwrap();
     fs::write(root.path().join("memory"), "mine").unwrap();
 
     let refused = Unfinished::begin(root.path());
@@ -135,13 +136,37 @@ fn a_directory_with_something_in_it_is_left_alone() {
     assert_eq!(fs::read(root.path().join("memory")).unwrap(), b"mine");
 }
 
-#[test]
-fn nothing_is_left_of_one_that_is_not_finished() {
+#[tokio::test]
+async fn what_is_there_of_another_snapshot_is_told() {
+    let root = tempfile::tempdir().unwrap();
+    let killed = Unfinished::begin(root.path()).unwrap();
+    let _ = killed.files().unwrap();
+    std::mem::forget(killed);
+
+    let refused = Unfinished::begin(root.path()).unwrap_err().to_string();
+
+    assert!(
+        refused.contains("(files.tar, memory, pod.json, state) and no snapshot.json"),
+        "{refused}"
+    );
+    let (_root, path, _) = taken().await;
+    let refused = Unfinished::begin(&path);
+    assert!(matches!(refused, Err(SnapshotError::Taken(_))));
+}
+
+#[tokio::test]
+async fn nothing_is_left_of_one_that_is_not_finished() {
     let root = tempfile::tempdir().unwrap();
     let new = root.path().join("new");
     for path in [root.path(), &new] {
         let unfinished = Unfinished::begin(path).unwrap();
         let _ = unfinished.files().unwrap();
+        // Given up while the files are read.
+        tokio::select! {
+            biased;
+            _ = unfinished.finish() => panic!("it is finished at once"),
+            () = std::future::ready(()) => {}
+        }
     }
 
     assert!(!new.exists());

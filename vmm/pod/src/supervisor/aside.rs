@@ -37,8 +37,8 @@ pub enum AsideError {
     Files(#[from] SnapshotError),
     #[error("the pod's network")]
     Network(#[from] NetworkError),
-    #[error("a task of the supervisor")]
-    Task(#[from] tokio::task::JoinError),
+    #[error("who asked for it has gone")]
+    GivenUp,
 }
 
 /// What a pod is put aside with.
@@ -54,15 +54,24 @@ pub struct Aside {
 
 impl Aside {
     /// Lets the pod stand still, and writes all that it is. No longer than `limit` is waited for a container that is
-    /// being started or ended.
+    /// being started or ended; nor at all once it is `given_up`, save that the machine's memory is written to its end.
     ///
     /// # Errors
     /// When it is not in a state in which it could go on elsewhere, or the files can't be written. It goes on, as it
     /// does after a success.
-    pub async fn put(&self, files: Files, limit: Duration) -> Result<(), AsideError> {
-        let _unchanging = timeout(limit, self.changes.write())
-            .await
-            .map_err(|_| AsideError::Changing(limit))?;
+    pub async fn put(
+        &self,
+        files: Files,
+        limit: Duration,
+        given_up: impl Future<Output = ()>,
+    ) -> Result<(), AsideError> {
+        let mut given_up = std::pin::pin!(given_up);
+        let _unchanging = tokio::select! {
+            unchanging = timeout(limit, self.changes.write()) => {
+                unchanging.map_err(|_| AsideError::Changing(limit))?
+            }
+            () = &mut given_up => return Err(AsideError::GivenUp),
+        };
         let contents = self.contents()?;
         let data = self.record.dir().data().to_owned();
         let Files {
@@ -73,13 +82,14 @@ impl Aside {
         self.pause
             .standing(async |machine| {
                 machine.snapshot(machine_files).await?;
-                tokio::task::spawn_blocking(move || {
-                    snapshots::pack(&data, files)
-                        .map_err(snapshots::io_error("packing what the pod has on disk"))?;
-                    snapshots::write_contents(&pod, &contents)
-                        .map_err(snapshots::io_error("writing what the pod is"))
-                })
-                .await??;
+                tokio::select! {
+                    packed = snapshots::pack(&data, files) => {
+                        packed.map_err(snapshots::io_error("packing what the pod has on disk"))?;
+                    }
+                    () = &mut given_up => return Err(AsideError::GivenUp),
+                }
+                snapshots::write_contents(&pod, &contents)
+                    .map_err(snapshots::io_error("writing what the pod is"))?;
                 Ok::<_, AsideError>(())
             })
             .await??;

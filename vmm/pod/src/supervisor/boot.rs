@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use hull_machine::client::{GuestConnection, Machine, NetSpec, SnapshotFiles};
+use hull_machine::memory::working_set::Accesses;
 use hull_machine::steps::Started;
 use hull_protocol::READY_PORT;
 use jiff::Timestamp;
@@ -149,7 +150,7 @@ impl Candidate {
         let console = console.try_clone().map_err(open("the console"))?;
         let begin = Begin::Clone {
             files: template.files,
-            working_set: template.working_set,
+            accesses: template.accesses,
         };
         match recipe.launch(begin, console, share.as_fd()).await {
             Err(PodFailure::Launch(error)) => {
@@ -255,7 +256,7 @@ impl Recipe {
     ) -> Result<Launched, PodFailure> {
         let begin = Begin::Clone {
             files,
-            working_set: Vec::new(),
+            accesses: Accesses::Unknown,
         };
         self.launch(begin, console, share).await
     }

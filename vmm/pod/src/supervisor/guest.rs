@@ -22,6 +22,9 @@ use crate::templates::Recording;
 use crate::text::chain;
 use crate::volumes::MemoryVolume;
 
+/// What a program accesses first, it has accessed by then.
+const PROGRAMS_START: Duration = Duration::from_millis(500);
+
 /// A machine whose agent has answered.
 #[derive(Debug)]
 pub struct Guest {
@@ -39,7 +42,7 @@ pub struct Guest {
     pub(super) template: Option<String>,
     /// A template of its kind, if there was none and there should be.
     pub(super) wanted: Option<Wanted>,
-    /// Whether it is to be noted what a clone writes to.
+    /// Whether it is to be noted what a clone accesses.
     pub(super) recording: std::sync::Mutex<Option<Recording>>,
 }
 
@@ -127,7 +130,7 @@ impl Guest {
     }
 
     /// Does what pods that come later begin sooner with, now that a container of this one runs: has a template of the
-    /// machine's kind made, if there was none, or notes what a clone has written to, if that isn't known.
+    /// machine's kind made, if there was none, or notes what a clone has accessed, if that isn't known.
     pub fn serve_later_pods(&self) {
         if let Some(wanted) = &self.wanted {
             wanted.order();
@@ -136,10 +139,18 @@ impl Guest {
         let recording = recording.unwrap_or_else(PoisonError::into_inner).take();
         if let Some(recording) = recording {
             let machine = Arc::clone(&self.machine);
-            tokio::task::spawn_blocking(move || {
-                if let Err(error) = recording.record(&machine) {
+            tokio::spawn(async move {
+                let recording = Arc::new(recording);
+                let note = || {
+                    let (recording, machine) = (Arc::clone(&recording), Arc::clone(&machine));
+                    tokio::task::spawn_blocking(move || recording.record(&machine))
+                };
+                if let Ok(Err(error)) = note().await {
                     tracing::warn!(error = chain(&error), "a template's working set");
                 }
+                // With what its program accesses first, if it runs as long as that.
+                tokio::time::sleep(PROGRAMS_START).await;
+                let _ = note().await;
             });
         }
     }

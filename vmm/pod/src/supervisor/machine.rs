@@ -6,7 +6,7 @@ use std::path::Path;
 
 use hull_machine::client::{MachineSpec, SnapshotFiles};
 use hull_machine::config::CachePolicy;
-use hull_machine::memory::working_set::PageRange;
+use hull_machine::memory::working_set::Accesses;
 use hull_protocol::READY_PORT;
 
 use super::failure::PodFailure;
@@ -31,7 +31,7 @@ pub enum Begin<'a> {
     },
     Clone {
         files: SnapshotFiles,
-        working_set: Vec<PageRange>,
+        accesses: Accesses,
     },
 }
 
@@ -61,8 +61,8 @@ pub fn spec(
             .memory_mib(size.memory_mib)
             .initramfs(open(initramfs)?)
             .cmdline(CMDLINE),
-        Begin::Clone { files, working_set } => {
-            MachineSpec::restored(kvm, files, console).working_set(working_set)
+        Begin::Clone { files, accesses } => {
+            MachineSpec::restored(kvm, files, console).accesses(accesses)
         }
     };
     Ok(spec

@@ -102,7 +102,7 @@ impl Service {
                 }
                 Request::Pause => done(self.pause.pause().await),
                 Request::Resume => done(self.pause.resume().await),
-                Request::Snapshot => self.put_aside(descriptors).await,
+                Request::Snapshot => self.put_aside(descriptors, channel).await,
                 Request::Metrics => self.measure().await,
                 // None of these would come to an end.
                 Request::Kill { .. }
@@ -142,14 +142,16 @@ impl Service {
         }
     }
 
-    async fn put_aside(&self, descriptors: Vec<OwnedFd>) -> Reply {
+    async fn put_aside(&self, descriptors: Vec<OwnedFd>, channel: &AsyncChannel) -> Reply {
         let Some(files) = Files::of(descriptors) else {
             return Reply::Refused {
                 kind: Refusal::Failed,
                 message: "a snapshot takes other files".into(),
             };
         };
-        match self.aside.put(files, self.limits.call).await {
+        // Who waits for an answer asks for nothing else.
+        let given_up = async { while let Ok(Some(_)) = channel.receive::<Request>().await {} };
+        match self.aside.put(files, self.limits.call, given_up).await {
             Ok(()) => Reply::Done,
             Err(error) => Reply::Refused {
                 kind: match error {

@@ -28,7 +28,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use hull_machine::client::SnapshotFiles;
-use hull_machine::memory::working_set::PageRange;
+use hull_machine::memory::working_set::Accesses;
 use jiff::Timestamp;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -110,8 +110,8 @@ pub struct Template {
     pub id: String,
     pub files: SnapshotFiles,
     pub created_at: Timestamp,
-    /// Pages that its clones will write to.
-    pub working_set: Vec<PageRange>,
+    /// What its clones will access.
+    pub accesses: Accesses,
     /// None: it is known what they are.
     pub recording: Option<Recording>,
 }
@@ -203,24 +203,26 @@ impl Templates {
             memory: open(MEMORY, &description.memory)?,
         };
         let created_at = description.created_at;
-        let known = self.working_set(&id);
-        let recording = match &known {
-            Some(_) => None,
-            None => Some(Recording {
-                templates: self.clone(),
-                id: id.clone(),
-                created_at,
-                memory: files
-                    .memory
-                    .try_clone()
-                    .map_err(io_error(|| "keeping a template's memory open".into()))?,
-            }),
+        let (accesses, recording) = match self.working_set(&id) {
+            Some(known) => (Accesses::Known(known), None),
+            None => {
+                let recording = Recording {
+                    templates: self.clone(),
+                    id: id.clone(),
+                    created_at,
+                    memory: files
+                        .memory
+                        .try_clone()
+                        .map_err(io_error(|| "keeping a template's memory open".into()))?,
+                };
+                (Accesses::ToBeSeen, Some(recording))
+            }
         };
         Ok(Some(Template {
             files,
             created_at,
             id,
-            working_set: known.unwrap_or_default(),
+            accesses,
             recording,
         }))
     }

@@ -1,5 +1,7 @@
 use std::io::Write;
 
+use hull_machine::memory::working_set::{PageRange, WorkingSet};
+
 use super::kind::tests::kind;
 use super::*;
 
@@ -202,23 +204,26 @@ fn what_a_maker_left_that_died_is_removed() {
 }
 
 #[test]
-fn what_clones_write_to_is_noted_once() {
+fn what_clones_access_is_noted_once() {
     let (data, templates) = store();
     let kind = kind(&[]);
     made(&templates, &kind);
     let found = || templates.find(&kind).unwrap().unwrap();
     let first = found();
-    assert!(first.working_set.is_empty());
-    let pages = [(1, 2), (7, 1)].map(PageRange::from);
+    assert_eq!(first.accesses, Accesses::ToBeSeen);
+    let accessed = WorkingSet {
+        written: [(1, 2), (7, 1)].map(PageRange::from).into(),
+        read: [(3, 4)].map(PageRange::from).into(),
+    };
 
-    first.recording.unwrap().note(&pages).unwrap();
+    first.recording.unwrap().note(&accessed).unwrap();
 
     let second = found();
-    assert_eq!(second.working_set, pages);
+    assert_eq!(second.accesses, Accesses::Known(accessed));
     assert!(second.recording.is_none());
     let path = data.path().join("templates").join(kind.id());
     fs::write(path.join("working-set.json"), "[[1").unwrap();
-    assert!(found().working_set.is_empty());
+    assert_eq!(found().accesses, Accesses::ToBeSeen);
 }
 
 #[test]
@@ -229,8 +234,8 @@ fn a_template_that_was_replaced_says_nothing_of_the_new_one() {
     let old = templates.find(&kind).unwrap().unwrap();
     made(&templates, &kind);
 
-    let pages = [PageRange::from((1, 2))];
-    old.recording.unwrap().note(&pages).unwrap();
+    let accessed = WorkingSet::default();
+    old.recording.unwrap().note(&accessed).unwrap();
 
     let new = templates.find(&kind).unwrap().unwrap();
     assert!(new.recording.is_some());

@@ -1,11 +1,11 @@
-//! What a template's clones write to before their containers run: noted of one of them, and got ready for the others.
+//! What a template's clones access before their containers run: noted of one of them, and got ready for the others.
 
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 
 use hull_machine::client::Machine;
-use hull_machine::memory::working_set::PageRange;
+use hull_machine::memory::working_set::WorkingSet;
 use jiff::Timestamp;
 
 use super::{TemplateError, Templates, io_error};
@@ -15,7 +15,7 @@ const NAME: &str = "working-set.json";
 /// Bytes of it, at most.
 const MAX: u64 = 1 << 16;
 
-/// A clone of a template of which it isn't known yet what clones write to.
+/// A clone of a template of which it isn't known yet what clones access.
 #[derive(Debug)]
 pub struct Recording {
     pub(super) templates: Templates,
@@ -26,25 +26,25 @@ pub struct Recording {
 }
 
 impl Recording {
-    /// Notes what the clone has written to so far, for those that come after it. Blocking.
+    /// Notes what the clone has accessed so far, in place of what was noted before, for those that come after it. Blocking.
     ///
     /// # Errors
     /// When that can't be seen or written down.
-    pub fn record(self, machine: &Machine) -> Result<(), TemplateError> {
-        let pages = machine
-            .written_pages(self.memory.as_fd())
-            .map_err(io_error(|| "looking at what a clone has written to".into()))?;
-        self.note(&pages)
+    pub fn record(&self, machine: &Machine) -> Result<(), TemplateError> {
+        let accessed = machine
+            .working_set(self.memory.as_fd())
+            .map_err(io_error(|| "looking at what a clone has accessed".into()))?;
+        self.note(&accessed)
     }
 
-    pub(super) fn note(&self, pages: &[PageRange]) -> Result<(), TemplateError> {
+    pub(super) fn note(&self, accessed: &WorkingSet) -> Result<(), TemplateError> {
         // Of another one that has taken its place meanwhile it says nothing.
         match self.templates.description(&self.id)? {
             Some(description) if description.created_at == self.created_at => {}
             _ => return Ok(()),
         }
         let path = self.templates.root.join(&self.id).join(NAME);
-        let text = serde_json::to_vec(pages)
+        let text = serde_json::to_vec(accessed)
             .map_err(|error| io_error(|| format!("writing {}", path.display()))(error.into()))?;
         Ok(replace_file(&path, &text)?)
     }
@@ -52,15 +52,15 @@ impl Recording {
 
 impl Templates {
     /// What is noted of the clones of one. None: nothing, or nothing that can be read; a clone then takes its time.
-    pub(super) fn working_set(&self, id: &str) -> Option<Vec<PageRange>> {
+    pub(super) fn working_set(&self, id: &str) -> Option<WorkingSet> {
         let path = self.root.join(id).join(NAME);
-        let read = || -> io::Result<Vec<PageRange>> {
+        let read = || -> io::Result<WorkingSet> {
             let mut text = Vec::new();
             File::open(&path)?.take(MAX).read_to_end(&mut text)?;
             Ok(serde_json::from_slice(&text)?)
         };
         match read() {
-            Ok(pages) => Some(pages),
+            Ok(known) => Some(known),
             Err(error) => {
                 if error.kind() != io::ErrorKind::NotFound {
                     tracing::warn!(%error, path = %path.display(), "a template's working set");

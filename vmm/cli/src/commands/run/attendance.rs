@@ -7,41 +7,15 @@ use hull_pod::client::{Client, ClientError};
 use hull_pod::logs::{self, Follow, LogOptions};
 use hull_pod::state::{ContainerStatus, Phase, PodDir, PodRecord, PodStatus, Registry};
 use hull_pod::text::chain;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::Args;
 use crate::commands::logs::{label, reader_is_gone};
 use crate::failure::{Failure, exit};
+use crate::interrupts::{INTERRUPTED, Interrupts};
 use crate::pods;
 use crate::printer::{Printer, Style};
 use crate::progress::Progress;
-
-/// As a shell says that Ctrl-C ended it.
-const INTERRUPTED: u8 = 130;
-
-/// Whatever asks a foreground command to end.
-pub struct Interrupts([Signal; 3]);
-
-impl Interrupts {
-    pub fn new() -> Result<Self, Failure> {
-        let watch = |kind| signal(kind).map_err(|e| Failure::io("watching signals", e));
-        Ok(Self([
-            watch(SignalKind::interrupt())?,
-            watch(SignalKind::terminate())?,
-            watch(SignalKind::hangup())?,
-        ]))
-    }
-
-    async fn next(&mut self) {
-        let [interrupt, terminate, hangup] = &mut self.0;
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-        }
-    }
-}
 
 /// What the attendant hears.
 enum News {

@@ -65,7 +65,7 @@ use virtio_bindings::bindings::virtio_ring::{
 use virtio_queue::QueueT;
 
 use self::mapping::FileServerMemory;
-use self::pool::Pool;
+use self::pool::{Pool, Threads};
 use self::requests::RequestQueue;
 use self::server::MessageServer;
 use crate::config::CachePolicy;
@@ -86,7 +86,9 @@ const REQUEST_QUEUE_SIZE: u16 = 1024;
 /// Most request queues that a device can have.
 pub const MAX_REQUEST_QUEUES: u16 = 64;
 /// Threads that serve the request queues: so many requests may wait for the host's disks before others wait for them.
-const WORKERS: u16 = 8;
+const WORKERS: Threads = Threads { first: 2, most: 8 };
+/// What it carries waits for nothing.
+const PRIORITY_WORKERS: Threads = Threads { first: 1, most: 1 };
 
 /// A share, as the process that serves it sees it.
 #[derive(Debug)]
@@ -227,7 +229,7 @@ impl VirtioDevice for FileSystem {
             ));
         }
         for (name, queues, threads) in [
-            ("fs-priority", priority, 1),
+            ("fs-priority", priority, PRIORITY_WORKERS),
             ("fs-request", requests, WORKERS),
         ] {
             if !queues.is_empty() {

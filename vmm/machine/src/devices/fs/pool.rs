@@ -4,12 +4,15 @@
 //! requests until there are none; before it serves one with more behind it, it wakes the next thread. So a
 //! request alone costs one wake-up and no hand-over between threads, and a request that waits for
 //! a disk holds up none but its own thread.
+//!
+//! A pool begins with few threads, since each costs a machine's start something, and the last of them that waits, before
+//! it serves, has another one made: one waits as long as there are not as many as there may be.
 
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
@@ -21,13 +24,26 @@ use super::server::MessageServer;
 use crate::threads::{self, ThreadClass};
 use crate::virtio::device::QueuePosition;
 
+/// How many threads a pool has.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Threads {
+    pub first: u16,
+    pub most: u16,
+}
+
 /// Threads at work. Dropping it ends them, each after the request that it is serving.
 pub(super) struct Pool {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
 }
 
 struct Shared {
+    name: &'static str,
+    most: u16,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// How many wait, or will before they do anything else.
+    waiting: AtomicU16,
+    /// There are as many threads as there will be.
+    is_full: AtomicBool,
     epoll: OwnedFd,
     queues: Vec<RequestQueue>,
     server: Arc<dyn MessageServer>,
@@ -39,11 +55,11 @@ struct Shared {
 }
 
 impl Pool {
-    /// Starts `threads` threads on `queues`.
+    /// Starts threads on `queues`.
     pub(super) fn start(
-        name: &str,
+        name: &'static str,
         queues: Vec<RequestQueue>,
-        threads: u16,
+        threads: Threads,
         server: Arc<dyn MessageServer>,
     ) -> io::Result<Self> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
@@ -58,8 +74,13 @@ impl Pool {
         add(&epoll, &stop, EventFlags::IN)?;
         // What the driver offered before there was anyone to notify.
         more.write(1)?;
-        let mut pool = Self {
+        let pool = Self {
             shared: Arc::new(Shared {
+                name,
+                most: threads.most,
+                threads: Mutex::default(),
+                waiting: AtomicU16::new(0),
+                is_full: AtomicBool::new(false),
                 epoll,
                 queues,
                 server,
@@ -67,15 +88,9 @@ impl Pool {
                 stop,
                 stopping: AtomicBool::new(false),
             }),
-            threads: Vec::new(),
         };
-        for number in 0..threads {
-            let shared = Arc::clone(&pool.shared);
-            pool.threads.push(threads::spawn(
-                ThreadClass::FileSystem,
-                &format!("{name}{number}"),
-                move || shared.run(),
-            )?);
+        for _ in 0..threads.first {
+            pool.shared.grow()?;
         }
         Ok(pool)
     }
@@ -83,18 +98,25 @@ impl Pool {
 
 impl Pool {
     /// Ends the threads, and tells where they were in their queues.
-    pub(super) fn suspend(mut self) -> Vec<QueuePosition> {
+    pub(super) fn suspend(self) -> Vec<QueuePosition> {
         self.end();
         let queues = &self.shared.queues;
         queues.iter().map(RequestQueue::position).collect()
     }
 
-    fn end(&mut self) {
+    #[cfg(test)]
+    pub(super) fn threads(&self) -> usize {
+        self.shared.threads().len()
+    }
+
+    fn end(&self) {
         self.shared.stopping.store(true, Ordering::Release);
         if let Err(error) = self.shared.stop.write(1) {
             log::error!("virtio-fs: ending the file server's threads: {error}");
         }
-        for thread in self.threads.drain(..) {
+        // None is made from here on.
+        let threads = std::mem::take(&mut *self.shared.threads());
+        for thread in threads {
             // A thread that panicked has said so.
             let _ = thread.join();
         }
@@ -108,7 +130,49 @@ impl Drop for Pool {
 }
 
 impl Shared {
-    fn run(&self) {
+    fn threads(&self) -> MutexGuard<'_, Vec<JoinHandle<()>>> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes another thread if none waits for the next request.
+    fn keep_one_waiting(self: &Arc<Self>) {
+        if self.waiting.load(Ordering::Acquire) > 0 || self.is_full.load(Ordering::Relaxed) {
+            return;
+        }
+        if let Err(error) = self.grow() {
+            log::warn!("virtio-fs: a share goes on with fewer threads: {error}");
+            self.is_full.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Makes one more thread, unless there are as many as there may be, or the pool ends.
+    fn grow(self: &Arc<Self>) -> io::Result<()> {
+        let mut threads = self.threads();
+        if threads.len() >= usize::from(self.most) {
+            self.is_full.store(true, Ordering::Relaxed);
+            return Ok(());
+        }
+        if self.stopping.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let name = format!("{}{}", self.name, threads.len());
+        let shared = Arc::clone(self);
+        self.waiting.fetch_add(1, Ordering::AcqRel);
+        let spawned = threads::spawn(ThreadClass::FileSystem, &name, move || {
+            shared.run();
+            shared.waiting.fetch_sub(1, Ordering::AcqRel);
+        });
+        match spawned {
+            Ok(thread) => threads.push(thread),
+            Err(error) => {
+                self.waiting.fetch_sub(1, Ordering::AcqRel);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn run(self: &Arc<Self>) {
         // The file server changes the working directory and the umask for a single request, so no
         // thread may have them in common with another.
         // SAFETY: of what `unshare` can take away, CLONE_FS takes only the working directory, the root and the
@@ -137,17 +201,20 @@ impl Shared {
                     return;
                 }
             }
+            self.waiting.fetch_sub(1, Ordering::AcqRel);
             for queue in &self.queues {
                 self.serve(queue);
             }
+            self.waiting.fetch_add(1, Ordering::AcqRel);
         }
     }
 
     /// Serves what a queue has.
-    fn serve(&self, queue: &RequestQueue) {
+    fn serve(self: &Arc<Self>, queue: &RequestQueue) {
         while !self.stopping.load(Ordering::Acquire)
             && let Some(taken) = queue.take()
         {
+            self.keep_one_waiting();
             if taken.more {
                 self.wake_one();
             }
@@ -167,7 +234,7 @@ impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pool")
             .field("queues", &self.shared.queues)
-            .field("threads", &self.threads.len())
+            .field("threads", &self.shared.threads().len())
             .finish_non_exhaustive()
     }
 }

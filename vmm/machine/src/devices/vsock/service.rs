@@ -94,9 +94,11 @@ impl Running {
             edge,
         )?;
         epoll::add(&epoll, handle.bell(), EventData::new_u64(BELL), edge)?;
+        // The thread's own descriptor: it is by that number that it is watched no more.
+        let stopped = stop.try_clone()?;
         epoll::add(
             &epoll,
-            borrow(&stop),
+            borrow(&stopped),
             EventData::new_u64(STOP),
             EventFlags::IN,
         )?;
@@ -108,7 +110,7 @@ impl Running {
             to_guest: Ring::new(to_guest.queue, to_guest.interrupt),
             from_guest: Ring::new(from_guest.queue, from_guest.interrupt),
             kicks: [to_guest.kick, from_guest.kick],
-            stop: stop.try_clone()?,
+            stop: stopped,
         };
         handle.open();
         let suspending = Arc::new(AtomicBool::new(false));

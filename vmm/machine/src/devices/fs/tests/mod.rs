@@ -3,6 +3,7 @@
 mod files;
 mod hostile;
 mod snapshots;
+mod threads;
 
 use std::collections::BTreeMap;
 use std::fs;
