@@ -60,7 +60,7 @@ pub fn run_helper() -> Option<ExitCode> {
     if name == modules::HELPER_NAME {
         return Some(modules::main());
     }
-    helper::is_parent(name).then(helper::main)
+    helper::main(name)
 }
 
 fn init() -> ! {

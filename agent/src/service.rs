@@ -6,11 +6,11 @@ use std::time::{Duration, UNIX_EPOCH};
 use async_trait::async_trait;
 use hull_protocol::agent::{
     AttachRequest, ConfigureNetworkRequest, CreateContainerRequest, CreateContainerResponse, Empty,
-    ExecRequest, ExecResponse, ForwardRequest, FreezeRequest, HelloRequest, HelloResponse,
-    ProcessesRequest, ProcessesResponse, RemoveContainerRequest, RemoveExecRequest, ResizeRequest,
-    SignalRequest, StartContainerRequest, StartInfraRequest, StartInfraResponse, StatsRequest,
-    StatsResponse, ThawRequest, UpdateRequest, WaitOomRequest, WaitOomResponse, WaitRequest,
-    WaitResponse,
+    ExecRequest, ExecResponse, ForwardRequest, FreezeRequest, GetReadyRequest, HelloRequest,
+    HelloResponse, ProcessesRequest, ProcessesResponse, RemoveContainerRequest, RemoveExecRequest,
+    ResizeRequest, SignalRequest, StartContainerRequest, StartInfraRequest, StartInfraResponse,
+    StatsRequest, StatsResponse, ThawRequest, UpdateRequest, WaitOomRequest, WaitOomResponse,
+    WaitRequest, WaitResponse,
 };
 use hull_protocol::agent_ttrpc::Agent;
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
@@ -107,6 +107,12 @@ impl Agent for Service {
             now_micros: micros(boot_time()),
             ..Default::default()
         })
+    }
+
+    async fn get_ready(&self, _: &TtrpcContext, request: GetReadyRequest) -> ttrpc::Result<Empty> {
+        let pod = Arc::clone(&self.pod);
+        finish(async move { pod.rehearse(request.spec).await }).await?;
+        Ok(Empty::new())
     }
 
     async fn start_infra(

@@ -82,10 +82,19 @@ pub struct Cgroup {
 impl Cgroup {
     /// Makes the group of a new container.
     pub fn create(id: &str) -> Result<Self> {
-        let name = Path::new("/").join(CONTAINERS).join(id);
-        let path = Path::new(MOUNT).join(CONTAINERS).join(id);
+        Self::create_at(&Path::new(CONTAINERS).join(id))
+    }
+
+    fn create_at(name: &Path) -> Result<Self> {
+        let path = Path::new(MOUNT).join(name);
+        let name = Path::new("/").join(name);
         fs::create_dir(&path).doing(|| format!("making cgroup {}", path.display()))?;
         Ok(Self { path, name })
+    }
+
+    /// Makes a group beside those of the containers, which doesn't count as one of theirs.
+    pub fn create_beside(id: &str) -> Result<Self> {
+        Self::create_at(Path::new(id))
     }
 
     pub fn path(&self) -> &Path {

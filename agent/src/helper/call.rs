@@ -9,8 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::Pid;
 
-use super::parent::{self, Kind};
-use super::{MAX_MESSAGE, MAX_REPLY, Reply, Request};
+use super::{MAX_MESSAGE, MAX_REPLY, Reply, Request, infra, parent};
 use crate::endpoint::Endpoint;
 use crate::error::{Doing, Error, Result};
 use crate::message;
@@ -38,6 +37,7 @@ impl Helpers {
     /// Makes what the pod's beginning will ask for: the helpers' parent, and infra's namespaces.
     pub async fn get_ready(&self) -> Result<()> {
         let mut infra = self.infra.lock().await;
+        self.start_parent()?;
         if infra.is_none() {
             *infra = Some(self.for_infra().await?);
         }
@@ -57,7 +57,7 @@ impl Helpers {
                 Some(waiting) => waiting,
                 None => self.for_infra().await?,
             },
-            Request::Create(_) | Request::Exec(_) => self.fork(Kind::Container)?,
+            Request::Create(_) | Request::Exec(_) => self.fork()?,
         };
         let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         message::send(&socket, &bytes, &borrowed).doing(|| "asking a helper".into())?;
@@ -81,7 +81,8 @@ impl Helpers {
     /// A helper that has namespaces for infra.
     async fn for_infra(&self) -> Result<Endpoint> {
         const DOING: &str = "making the pod's namespaces";
-        let socket = self.fork(Kind::Infra)?;
+        let socket = self.start(infra::NAME)?;
+        let socket = Endpoint::new(socket).doing(|| DOING.into())?;
         match receive(&socket, DOING).await? {
             Reply::Waiting => Ok(socket),
             Reply::Failed { text } => Err(Error::Helper { doing: DOING, text }),
@@ -89,13 +90,13 @@ impl Helpers {
         }
     }
 
-    fn fork(&self, kind: Kind) -> Result<Endpoint> {
+    fn fork(&self) -> Result<Endpoint> {
         let (ours, theirs) = pair()?;
-        let ask = |parent: &OwnedFd| parent::ask(parent, kind, theirs.as_fd());
+        let ask = |parent: &OwnedFd| parent::ask(parent, theirs.as_fd());
         let mut parent = self.parent.lock().unwrap_or_else(PoisonError::into_inner);
         // One that the kernel has killed, for want of memory say, has a successor.
         if parent.as_ref().is_none_or(|parent| ask(parent).is_err()) {
-            let started = self.start_parent()?;
+            let started = self.start(parent::NAME)?;
             ask(&started).doing(|| "asking for a helper".into())?;
             *parent = Some(started);
         }
@@ -103,16 +104,25 @@ impl Helpers {
         Endpoint::new(ours).doing(|| "asking a helper".into())
     }
 
-    fn start_parent(&self) -> Result<OwnedFd> {
+    fn start_parent(&self) -> Result<()> {
+        let mut parent = self.parent.lock().unwrap_or_else(PoisonError::into_inner);
+        if parent.is_none() {
+            *parent = Some(self.start(parent::NAME)?);
+        }
+        Ok(())
+    }
+
+    /// Starts this program anew, in the role of that name. Returns its socket.
+    fn start(&self, name: &str) -> Result<OwnedFd> {
         let (ours, theirs) = pair()?;
         self.reaper
             .spawn(
                 Command::new("/proc/self/exe")
-                    .arg0(parent::NAME)
+                    .arg0(name)
                     .env_clear()
                     .stdin(Stdio::from(theirs)),
             )
-            .doing(|| "starting the helpers' parent".into())?;
+            .doing(|| "starting a helper".into())?;
         Ok(ours)
     }
 }

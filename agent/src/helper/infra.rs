@@ -12,6 +12,9 @@ use rustix::process::{DumpableBehavior, WaitOptions, set_dumpable_behavior};
 use rustix::thread::{UnshareFlags, set_name};
 use serde::{Deserialize, Serialize};
 
+/// The name of infra, and of the helper that makes it, in the process list.
+pub const NAME: &str = "infra";
+
 /// What infra is to hold.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Infra {

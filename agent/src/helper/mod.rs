@@ -1,10 +1,10 @@
 //! Work that needs a process of its own: namespaces are entered, and libcontainer
 //! forks, where there is one thread and no runtime.
 //!
-//! The agent starts itself again from /proc/self/exe, once. That process waits, and each helper is forked from it
-//! ([`parent`]): a program that has begun already, with its pages at hand. A helper is sent one [`Request`]; it makes the
-//! process that was asked for, replies with its number, and stays until the agent watches that process. So the process
-//! can't be reaped, and its number not be used again, before that.
+//! The agent starts itself again from /proc/self/exe, before anything is asked: for the helper that makes infra, and for a
+//! process that each other helper is forked from ([`parent`]), a program that has begun already, with its pages at hand. A
+//! helper is sent one [`Request`]; it makes the process that was asked for, replies with its number, and stays until the
+//! agent watches that process. So the process can't be reaped, and its number not be used again, before that.
 
 mod call;
 pub mod infra;
@@ -13,7 +13,10 @@ mod parent;
 mod run;
 
 use std::ffi::CStr;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use oci_spec::runtime::LinuxCapabilities;
 use serde::{Deserialize, Serialize};
@@ -21,7 +24,6 @@ use serde::{Deserialize, Serialize};
 use crate::stdio::Size;
 
 pub use call::Helpers;
-pub use parent::main;
 
 /// Bounds requests.
 const MAX_MESSAGE: usize = 128 * 1024;
@@ -108,7 +110,23 @@ enum Reply {
     },
 }
 
-/// Whether a process of that name is the helpers' parent.
-pub fn is_parent(name: &str) -> bool {
-    name == parent::NAME
+/// Runs helpers, if the process was started for that, by this name. Its socket is descriptor 0.
+pub fn main(name: &str) -> Option<ExitCode> {
+    let role: fn(OwnedFd) -> io::Result<ExitCode> = match name {
+        parent::NAME => parent::run,
+        infra::NAME => |socket| run::for_infra(&socket),
+        _ => return None,
+    };
+    Some(take_socket().and_then(role).unwrap_or_else(|error| {
+        eprintln!("hull-agent: a helper failed: {error}");
+        ExitCode::FAILURE
+    }))
+}
+
+/// Descriptor 0 becomes a container's stdin, so the socket moves away from it.
+fn take_socket() -> io::Result<OwnedFd> {
+    let socket = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)?;
+    let null = std::fs::File::open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    Ok(socket)
 }

@@ -12,7 +12,6 @@ use rustix::thread::set_name;
 use tracing::level_filters::LevelFilter;
 
 use super::launch::{Launch, Limits};
-use super::parent::Kind;
 use super::{Confinement, Create, Exec, MAX_MESSAGE, Reply, Request, infra, launch};
 use crate::container::seccomp::Program;
 use crate::error::shorten;
@@ -21,29 +20,25 @@ use crate::message;
 /// Longest text of a failure, in bytes.
 const MAX_TEXT: usize = 900;
 
-/// Runs the helper, which the agent asks on `socket`.
-pub fn main(socket: &OwnedFd, kind: Kind) -> ExitCode {
-    match serve(socket, kind) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("hull-agent: a helper failed: {error}");
-            ExitCode::FAILURE
+/// Runs the helper that makes infra: it has the namespaces before it is asked.
+pub fn for_infra(socket: &OwnedFd) -> io::Result<ExitCode> {
+    match infra::make_namespaces() {
+        Ok(()) => send(socket, &Reply::Waiting)?,
+        Err(text) => {
+            send(socket, &Reply::Failed { text })?;
+            return Ok(ExitCode::FAILURE);
         }
     }
+    main(socket)
 }
 
-fn serve(socket: &OwnedFd, kind: Kind) -> io::Result<()> {
-    if kind == Kind::Infra {
-        match infra::make_namespaces() {
-            Ok(()) => send(socket, &Reply::Waiting)?,
-            Err(text) => return send(socket, &Reply::Failed { text }),
-        }
-    }
+/// Runs the helper, which the agent asks on `socket`.
+pub fn main(socket: &OwnedFd) -> io::Result<ExitCode> {
     let mut buffer = vec![0; MAX_MESSAGE];
     let (count, fds) = message::receive(socket, &mut buffer, message::MAX_FDS)?;
     if count == 0 {
-        // One that waited, and is not needed.
-        return Ok(());
+        // The agent has gone, or given up.
+        return Ok(ExitCode::SUCCESS);
     }
     let request: Request = serde_json::from_slice(&buffer[..count])?;
     drop(buffer);
@@ -62,7 +57,7 @@ fn serve(socket: &OwnedFd, kind: Kind) -> io::Result<()> {
     send(socket, &answer)?;
     // The agent closes its end when it watches the process.
     message::receive(socket, &mut [0], 0)?;
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 fn send(socket: &OwnedFd, reply: &Reply) -> io::Result<()> {

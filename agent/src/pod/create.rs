@@ -30,6 +30,7 @@ impl Pod {
         if infra.process.has_ended() {
             return Err(Error::State("infra has ended".into()));
         }
+        let infra_pid = infra.process.pid.as_raw_nonzero().get();
         reserve(
             &mut self.containers(),
             "container",
@@ -37,7 +38,10 @@ impl Pod {
             MAX_CONTAINERS,
             "containers",
         )?;
-        let made = self.make_container(request).await;
+        let made = match Cgroup::create(&id) {
+            Ok(cgroup) => self.make_container(request, cgroup, infra_pid).await,
+            Err(error) => Err(error),
+        };
         let mut containers = self.containers();
         let container = match made {
             Ok(container) => container,
@@ -55,24 +59,27 @@ impl Pod {
         Ok(pid.get().unsigned_abs())
     }
 
-    async fn make_container(
+    /// Makes a container in its group, and in the namespaces that this process has for infra.
+    pub(super) async fn make_container(
         self: &Arc<Self>,
         request: CreateContainerRequest,
+        cgroup: Cgroup,
+        infra_pid: i32,
     ) -> Result<Container> {
-        let numbers = request.streams.clone().unwrap_or_default();
-        let size = Size::new(numbers.columns, numbers.rows)?;
-        let claimed = self.claim(&numbers).await?;
+        let cgroup = Arc::new(cgroup);
         let id = &request.container_id;
         let places = Places {
             bundle: self.run.join("containers").join(id),
             state: self.run.join("state").join(id),
         };
-        let cgroup = Arc::new(Cgroup::create(id)?);
         let made = async {
+            let numbers = request.streams.clone().unwrap_or_default();
+            let size = Size::new(numbers.columns, numbers.rows)?;
+            let claimed = self.claim(&numbers).await?;
             let prepared = {
                 let (pod, places, cgroup) = (Arc::clone(self), places.clone(), Arc::clone(&cgroup));
                 let request = request.clone();
-                blocking(move || pod.prepare(&request, &places, &cgroup)).await?
+                blocking(move || pod.prepare(&request, &places, &cgroup, infra_pid)).await?
             };
             let create = |console| {
                 Request::Create(Box::new(helper::Create {
@@ -120,11 +127,14 @@ impl Pod {
 
     /// A process whose PID namespace the container is to have. None: it gets one of its own.
     fn pids_of(&self, request: &CreateContainerRequest) -> Result<Option<i32>> {
-        let infra = self.infra()?;
         let wanted = request
             .pid_namespace
             .enum_value()
             .map_err(|number| Error::Invalid(format!("{number} is no PID namespace")))?;
+        if wanted == PidNamespace::OWN {
+            return Ok(None);
+        }
+        let infra = self.infra()?;
         let process = match wanted {
             PidNamespace::DEFAULT if infra.share_pids => infra.process.clone(),
             PidNamespace::DEFAULT | PidNamespace::OWN => return Ok(None),
@@ -152,6 +162,7 @@ impl Pod {
         request: &CreateContainerRequest,
         places: &Places,
         cgroup: &Cgroup,
+        infra_pid: i32,
     ) -> Result<Prepared> {
         let spec::Given {
             spec: given,
@@ -201,13 +212,12 @@ impl Pod {
             spec::bind(mount, &place.path);
             placed.push(place);
         }
-        let infra = self.infra()?;
         let spec = spec::complete(
             &given,
             spec::Guest {
                 root: places.bundle.join("rootfs"),
                 cgroup: &cgroup.name,
-                infra_pid: infra.process.pid.as_raw_nonzero().get(),
+                infra_pid,
                 pids_of: self.pids_of(request)?,
                 user: &user,
                 terminal: request.streams.tty,

@@ -127,7 +127,7 @@ fn check_infra(request: &StartInfraRequest) -> Result<BTreeMap<String, String>> 
     Ok(sysctls)
 }
 
-fn mount_tmpfs(path: &Path, size: u64, mode: u32, flags: MountFlags) -> Result<()> {
+pub(super) fn mount_tmpfs(path: &Path, size: u64, mode: u32, flags: MountFlags) -> Result<()> {
     let options = match size {
         0 => format!("mode={mode:o}"),
         size => format!("mode={mode:o},size={size}"),

@@ -10,6 +10,7 @@ mod create;
 mod exec;
 mod infra;
 mod network;
+mod rehearsal;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -166,9 +167,16 @@ impl Pod {
         if !container.first.has_ended() {
             return Err(Error::State(format!("container {id:?} has not ended")));
         }
+        self.clear_away(&container).await?;
+        self.containers().remove(id);
+        Ok(())
+    }
+
+    /// Removes what there is of a container that has ended.
+    async fn clear_away(self: &Arc<Self>, container: &Arc<Container>) -> Result<()> {
         container.cgroup.remove().await?;
         let pod = Arc::clone(self);
-        let removed = Arc::clone(&container);
+        let removed = Arc::clone(container);
         blocking(move || {
             removed.places.remove()?;
             match &removed.root {
@@ -177,9 +185,7 @@ impl Pod {
             }
             Ok(())
         })
-        .await?;
-        self.containers().remove(id);
-        Ok(())
+        .await
     }
 
     /// Lets go of the mount of the host that the kernel made for the root file system.

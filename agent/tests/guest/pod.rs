@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use hull_protocol::agent::{Empty, HelloRequest, HelloResponse, StartInfraRequest};
+use hull_protocol::agent::{
+    Empty, GetReadyRequest, HelloRequest, HelloResponse, StartInfraRequest,
+};
 
 use crate::world::{World, limit, script, spec};
 
@@ -82,6 +84,11 @@ async fn infra_starts_once(world: World) {
     assert!(world.client.start_infra(limit(), &request).await.is_err());
     let comm = std::fs::read_to_string(format!("/proc/{}/comm", world.infra)).unwrap();
     assert_eq!(comm, "infra\n");
+    let line = std::fs::read(format!("/proc/{}/cmdline", world.infra)).unwrap();
+    assert_eq!(line, b"infra\0");
+    // Only in a machine whose pod hasn't begun.
+    let request = GetReadyRequest::default();
+    assert!(world.client.get_ready(limit(), &request).await.is_err());
 }
 
 async fn names_are_checked(world: World) {
@@ -106,12 +113,14 @@ async fn the_last_connection_may_break_in_a_call(world: World) {
         ..world.clone()
     };
     let numbers = stdio.numbers.clone();
-    let call = tokio::time::timeout(Duration::from_millis(20), async move {
-        broken.create("p3", &script("exit 6"), numbers).await
-    });
-    let _ = call.await;
-    // The call goes on, and its container can be used.
+    let call = tokio::spawn(async move { broken.create("p3", &script("exit 6"), numbers).await });
     let mut started = world.start("p3").await;
+    while is_unknown(&started) {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        started = world.start("p3").await;
+    }
+    call.abort();
+    // The call goes on, and its container can be used.
     for _ in 0..500 {
         if started.is_ok() {
             break;
@@ -122,6 +131,10 @@ async fn the_last_connection_may_break_in_a_call(world: World) {
     started.unwrap();
     assert_eq!(world.wait("p3", "").await.exit_code, 6);
     world.remove("p3").await.unwrap();
+}
+
+fn is_unknown(started: &ttrpc::Result<()>) -> bool {
+    matches!(started, Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND)
 }
 
 async fn shutdown_is_passed_on(world: World) {

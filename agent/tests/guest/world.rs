@@ -13,8 +13,9 @@ use hull_agent::endpoint::Endpoint;
 use hull_agent::server::Agent;
 use hull_protocol::STREAM_MAGIC;
 use hull_protocol::agent::{
-    CreateContainerRequest, ExecRequest, RemoveContainerRequest, RemoveExecRequest, SignalRequest,
-    StartContainerRequest, StartInfraRequest, Streams, WaitRequest, WaitResponse,
+    CreateContainerRequest, ExecRequest, GetReadyRequest, RemoveContainerRequest,
+    RemoveExecRequest, SignalRequest, StartContainerRequest, StartInfraRequest, Streams,
+    WaitRequest, WaitResponse,
 };
 use hull_protocol::agent_ttrpc::AgentClient;
 use rustix::mount::{MountFlags, mount};
@@ -87,6 +88,7 @@ impl World {
         let run = PathBuf::from(hull_agent::RUN);
         let agent = Arc::new(Agent::start(run, Duration::ZERO).await.unwrap());
         let client = connect(&agent).await;
+        get_ready(&client).await;
         let mut request = StartInfraRequest {
             hostname: "pod-1".into(),
             ..Default::default()
@@ -286,6 +288,24 @@ impl World {
         };
         self.client.remove_exec(limit(), &request).await.unwrap();
         (exit, out, err)
+    }
+}
+
+/// As in a machine that becomes a template: all that follows is in its clone.
+async fn get_ready(client: &AgentClient) {
+    let request = GetReadyRequest {
+        spec: spec(&["/program"]).to_string().into_bytes(),
+        ..Default::default()
+    };
+    // Saying it again changes nothing.
+    for _ in 0..2 {
+        client.get_ready(limit(), &request).await.unwrap();
+        assert!(!Path::new("/sys/fs/cgroup/rehearsal").exists());
+        assert!(!World::share().join("rootfs/rehearsal").exists());
+        for name in ["containers", "state"] {
+            let left = fs::read_dir(Path::new(hull_agent::RUN).join(name)).unwrap();
+            assert_eq!(left.count(), 0, "{name}");
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use hull_machine::client::{ConnectError, Machine};
 use hull_protocol::AGENT_PORT;
-use hull_protocol::agent::{Empty, HelloRequest, MemoryVolume, StartInfraRequest};
+use hull_protocol::agent::{Empty, GetReadyRequest, HelloRequest, MemoryVolume, StartInfraRequest};
 use hull_protocol::agent_ttrpc::AgentClient;
 use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::net::UnixStream;
@@ -165,6 +165,24 @@ impl Agent {
             agent_version: shown(&answer.agent_version),
             kernel_release: shown(&answer.kernel_release),
         })
+    }
+
+    /// Has the guest do ahead what pods like this one begin with: of [`crate::oci::usual`].
+    ///
+    /// # Errors
+    /// See [`AgentError`].
+    pub async fn get_ready(&self, usual: &oci_spec::runtime::Spec) -> Result<(), AgentError> {
+        let spec = serde_json::to_vec(usual).map_err(|error| AgentError::Protocol {
+            call: "GetReady",
+            message: error.to_string(),
+        })?;
+        let request = GetReadyRequest {
+            spec,
+            ..Default::default()
+        };
+        self.call("GetReady", self.client.get_ready(self.context(), &request))
+            .await
+            .map(drop)
     }
 
     /// Makes the pod's namespaces.

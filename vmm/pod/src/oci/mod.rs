@@ -17,10 +17,11 @@ use std::collections::BTreeMap;
 
 use k8s_openapi::api::core::v1::Container;
 use oci_spec::OciSpecError;
-use oci_spec::runtime::{LinuxBuilder, RootBuilder, Spec, SpecBuilder};
+use oci_spec::image::ImageConfiguration;
+use oci_spec::runtime::{LinuxBuilder, Mount, RootBuilder, Spec, SpecBuilder};
 
 use crate::images::Image;
-use crate::manifest::PodManifest;
+use crate::manifest::{self, PodManifest};
 
 pub use resources::Amounts;
 pub use sizing::{MachineSize, Sizing, machine_size, machine_size_for};
@@ -115,19 +116,50 @@ pub fn container(
     image: &Image,
     uid: &str,
 ) -> Result<ContainerSpec, SpecError> {
+    specify(manifest, container, &image.reference, &image.config, uid)
+}
+
+/// As most containers have it, for [`crate::agent::Agent::get_ready`].
+///
+/// # Errors
+/// None but a fault of Hull's own.
+pub fn usual() -> Result<Spec, SpecError> {
+    const POD: &str = "{apiVersion: v1, kind: Pod, metadata: {name: usual}, spec: {containers: [{name: usual, \
+                       image: none, command: [/program]}]}}";
+    let refused = |error: String| SpecError::Refused(error);
+    let pods = manifest::parse("the usual pod", POD).map_err(|error| refused(error.to_string()))?;
+    let pod = pods.first().ok_or_else(|| refused("no pod".into()))?;
+    let container = pod.containers().first();
+    let container = container.ok_or_else(|| refused("no container".into()))?;
+    let mut usual = specify(pod, container, "none", &ImageConfiguration::default(), "")?.spec;
+    // The share is another one in each pod.
+    let of_share = |mount: &Mount| {
+        let source = mount.source().as_ref().and_then(|source| source.to_str());
+        source.is_some_and(|source| source.starts_with("share:"))
+    };
+    let mut mounts = usual.mounts().clone().unwrap_or_default();
+    mounts.retain(|mount| !of_share(mount));
+    usual.set_mounts(Some(mounts));
+    Ok(usual)
+}
+
+fn specify(
+    manifest: &PodManifest,
+    container: &Container,
+    image: &str,
+    config: &ImageConfiguration,
+    uid: &str,
+) -> Result<ContainerSpec, SpecError> {
     let refused = |field: &str, message: String| {
         let place = field_of(manifest, container);
         SpecError::Refused(format!("{}: {place}.{field}: {message}", manifest.source))
     };
-    let config = image.config.config().as_ref();
+    let config = config.config().as_ref();
     let env = process::Environment::new(manifest, container, config, uid);
     let args = process::args(container, config, &env).ok_or_else(|| {
         refused(
             "command",
-            format!(
-                "is missing, and image {} has no command either",
-                image.reference
-            ),
+            format!("is missing, and image {image} has no command either"),
         )
     })?;
     let user = process::user(manifest, container, config)

@@ -409,3 +409,17 @@ fn infra_has_what_the_pod_says() {
         "web.x.default.svc.cluster.local"
     );
 }
+
+#[test]
+fn the_usual_container_has_nothing_of_a_share() {
+    let usual = usual().unwrap();
+    let sources: Vec<_> = usual.mounts().iter().flatten().map(Mount::source).collect();
+    assert!(sources.len() > 4);
+    assert!(!format!("{sources:?}").contains("share:"), "{sources:?}");
+    // What is compiled ahead is what a container without wishes has.
+    let lab = Lab::new(json!({}));
+    let other = lab.spec("command: [sh]", "").unwrap().spec;
+    let seccomp = |spec: &Spec| spec.linux().as_ref().unwrap().seccomp().clone();
+    assert!(seccomp(&usual).is_some());
+    assert_eq!(seccomp(&usual), seccomp(&other));
+}

@@ -18,7 +18,9 @@ use serde::{Deserialize, Serialize};
 use super::boot::Recipe;
 use super::console::Console;
 use super::failure::PodFailure;
+use crate::agent::{Agent, AgentError};
 use crate::configuration::Configuration;
+use crate::oci;
 use crate::templates::{Kind, Policy, TemplateError, Templates, Unfinished};
 use crate::text::chain;
 
@@ -238,6 +240,7 @@ impl Recipe {
             let launched = self.boot(pipe, empty.as_fd()).await?;
             // A clone runs as many processors as it needs.
             let (guest, _) = launched.meet_with(0).await?;
+            get_ready(guest.agent()).await?;
             guest.machine().snapshot(unfinished.files()?).await?;
             guest.machine().kill();
             guest.machine().wait().await;
@@ -256,6 +259,26 @@ impl Recipe {
         let _ = std::fs::remove_file(&console_log);
         Ok(unfinished.finish()?)
     }
+}
+
+/// Has the guest do what its clones would each have to.
+async fn get_ready(agent: &Agent) -> Result<(), PodFailure> {
+    // Without, its clones are as good, and slower.
+    let unready = |error: &dyn std::error::Error| {
+        tracing::warn!(
+            error = chain(error),
+            "a template is less ready than it could be"
+        );
+    };
+    match oci::usual() {
+        Ok(usual) => match agent.get_ready(&usual).await {
+            // As from an agent that doesn't know how.
+            Err(error @ AgentError::Refused { .. }) => unready(&error),
+            ready => ready?,
+        },
+        Err(error) => unready(&error),
+    }
+    Ok(())
 }
 
 /// Makes the template that standard input tells of, and says on standard error why it can't.

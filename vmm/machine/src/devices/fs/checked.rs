@@ -1,4 +1,4 @@
-//! Refuses bad names and offsets before the file server sees them.
+//! Refuses bad names and offsets before the file server sees them, and spares the guest requests without an effect.
 //!
 //! The file server hands a name to the host's path walk as it came. It takes care that a walk stays below the
 //! directory that it starts in, but not in every operation; a name here is one component, or it is refused
@@ -89,7 +89,6 @@ impl<F: FileSystem> FileSystem for Checked<F> {
         fn getattr(&self, ctx: Context, inode: Self::Inode, handle: Option<Self::Handle>) -> io::Result<(fuse::Attr, Duration)>;
         fn setattr(&self, ctx: Context, inode: Self::Inode, attr: fuse::SetattrIn, handle: Option<Self::Handle>, valid: SetattrValid) -> io::Result<(fuse::Attr, Duration)>;
         fn readlink(&self, ctx: Context, inode: Self::Inode) -> io::Result<Vec<u8>>;
-        fn open(&self, ctx: Context, inode: Self::Inode, kill_priv: bool, flags: u32) -> io::Result<(Option<Self::Handle>, OpenOptions)>;
         fn flush(&self, ctx: Context, inode: Self::Inode, handle: Self::Handle, lock_owner: u64) -> io::Result<()>;
         fn fsync(&self, ctx: Context, inode: Self::Inode, datasync: bool, handle: Self::Handle) -> io::Result<()>;
         fn fallocate(&self, ctx: Context, inode: Self::Inode, handle: Self::Handle, mode: u32, offset: u64, length: u64) -> io::Result<()>;
@@ -107,6 +106,22 @@ impl<F: FileSystem> FileSystem for Checked<F> {
         fn lseek(&self, ctx: Context, inode: Self::Inode, handle: Self::Handle, offset: u64, whence: u32) -> io::Result<u64>;
         fn copyfilerange(&self, ctx: Context, inode_in: Self::Inode, handle_in: Self::Handle, offset_in: u64, inode_out: Self::Inode, handle_out: Self::Handle, offset_out: u64, len: u64, flags: u64) -> io::Result<usize>;
         fn syncfs(&self, ctx: Context, inode: Self::Inode) -> io::Result<()>;
+    }
+
+    /// The close of a file that is only read asks for nothing: each was a request that the guest waited for. Locks are the
+    /// guest's own.
+    fn open(
+        &self,
+        ctx: Context,
+        inode: Self::Inode,
+        kill_priv: bool,
+        flags: u32,
+    ) -> io::Result<(Option<Self::Handle>, OpenOptions)> {
+        let (handle, mut options) = self.0.open(ctx, inode, kill_priv, flags)?;
+        if flags & libc::O_ACCMODE.unsigned_abs() == libc::O_RDONLY.unsigned_abs() {
+            options |= OpenOptions::NOFLUSH;
+        }
+        Ok((handle, options))
     }
 
     fn lookup(&self, ctx: Context, parent: Self::Inode, child: &CStr) -> io::Result<Entry> {

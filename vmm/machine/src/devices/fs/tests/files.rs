@@ -212,3 +212,20 @@ fn truncation_is_not_left_to_open() {
     assert_eq!(flags & ATOMIC_O_TRUNC, 0, "{flags:#x}");
     assert_ne!(flags & POSIX_ACL, 0, "{flags:#x}");
 }
+
+#[test]
+fn only_a_file_that_can_be_written_is_flushed_at_its_close() {
+    let tree = tree();
+    let mut guest = Guest::new(&tree.path().join("share"), false);
+    let file = guest.lookup(ROOT, "file").unwrap();
+
+    // FOPEN_NOFLUSH (linux/fuse.h).
+    let mut unflushed = |flags: i32| {
+        let body = numbers(&[flags.cast_unsigned(), 0]);
+        let answer = guest.call(OPEN, file, &body).unwrap();
+        u32_at(&answer, 8) & 1 << 5 != 0
+    };
+
+    assert!(unflushed(libc::O_RDONLY) && unflushed(libc::O_RDONLY | libc::O_NONBLOCK));
+    assert!(!unflushed(libc::O_WRONLY) && !unflushed(libc::O_RDWR));
+}
