@@ -14,10 +14,10 @@ use crate::error::{Error, Result};
 
 /// Connections that wait at a time, headers still to come included.
 const MAX_WAITING: usize = 256;
-/// How long a connection may wait for its call.
-const UNCLAIMED: Duration = Duration::from_secs(30);
-/// How long a call waits for its connections.
-const ARRIVAL: Duration = Duration::from_secs(10);
+/// How long a connection may wait for its call, and a call for its connections: longer than either takes on a host that is
+/// busy. Before that the host's own limit ends the call.
+const UNCLAIMED: Duration = Duration::from_secs(600);
+const ARRIVAL: Duration = Duration::from_secs(600);
 
 /// Streams by their number.
 #[derive(Debug)]

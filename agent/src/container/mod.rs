@@ -34,6 +34,8 @@ const MAX_EXECS: usize = 256;
 
 /// How long execs that are being made may hold up a freeze or thaw.
 const STILLNESS: Duration = Duration::from_secs(10);
+/// From SIGHUP to SIGKILL of an exec that nobody has any more.
+const HANGING_UP: Duration = Duration::from_secs(5);
 
 /// How a container's or exec's process ended.
 #[derive(Clone, Copy, Debug)]
@@ -266,6 +268,29 @@ impl Container {
 
     pub fn execs(&self) -> MutexGuard<'_, HashMap<String, Slot<Running>>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends all execs: the machine goes on elsewhere, where nobody has them.
+    pub fn abandon_execs(self: &Arc<Self>) {
+        let execs = self.execs();
+        let running = execs.iter().filter_map(|(id, slot)| match slot {
+            Slot::Ready(running) => Some((id.clone(), running.process.clone())),
+            Slot::Making => None,
+        });
+        for (id, process) in running {
+            let container = Arc::clone(self);
+            tokio::spawn(async move {
+                for signal in [libc::SIGHUP, libc::SIGKILL] {
+                    if let Err(error) = process.signal(signal) {
+                        tracing::warn!("ending an exec: {error}");
+                    }
+                    if timeout(HANGING_UP, process.ended()).await.is_ok() {
+                        break;
+                    }
+                }
+                container.execs().remove(&id);
+            });
+        }
     }
 
     /// Keeps a place for a new exec.

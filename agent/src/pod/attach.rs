@@ -43,7 +43,7 @@ impl Pod {
         })
     }
 
-    /// Gives a container's first process other streams than it had.
+    /// Gives a container's first process other streams than it had, in a machine that goes on elsewhere.
     pub async fn attach(&self, request: &AttachRequest) -> Result<()> {
         let container = self.container(&request.container_id)?;
         let numbers = request.streams.clone().unwrap_or_default();
@@ -53,7 +53,9 @@ impl Pod {
             ));
         }
         let claimed = self.claim(&numbers).await?;
-        container.first.streams.replace(claimed)
+        container.first.streams.replace(claimed)?;
+        container.abandon_execs();
+        Ok(())
     }
 
     /// Runs a helper for a process, with its stdio attached.

@@ -58,7 +58,7 @@ pub fn measure(options: &Options, builds: &[Build], report: &mut Report) {
     let rows = interleave(options.rounds(), true, contenders);
     report.add(Table::new(TITLE, "s", rows));
     if !options.short {
-        report.add(memory::many(own));
+        report.add(memory::many(own, options.pods));
     }
 }
 

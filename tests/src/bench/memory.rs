@@ -14,14 +14,14 @@ use crate::pod::{Pod, sleepers};
 pub const TITLE: &str = "An idle pod with one container";
 pub const MORE_TITLE: &str =
     "One more idle pod: its processes, and the guest memory that is its own";
-pub const MANY_TITLE: &str = "100 idle pods from one template, each answering exec";
+pub const MANY_TITLE: &str = "Idle pods from one template, each answering exec";
 pub const VMM: &str = "hull-vmm without guest RAM, PSS";
 pub const SUPERVISOR: &str = "supervisor, PSS";
 pub const MORE: &str = "from a template";
-pub const MANY: &str = "all processes and guests, PSS";
+/// The row of as many pods as there are by default.
+pub const MANY: &str = "100 pods: all processes and guests, PSS";
 /// Until free pages have been given back.
 const SETTLES: Duration = Duration::from_secs(4);
-const MANY_PODS: usize = 100;
 const MIB: f64 = 1024.0;
 
 /// An idle pod.
@@ -123,18 +123,22 @@ fn parts(build: &Build, pods: &[[host::Memory; 2]]) -> Vec<Series> {
         .collect()
 }
 
+fn many_row(count: u16) -> String {
+    format!("{count} pods: all processes and guests, PSS")
+}
+
 /// # Panics
 /// When one of them doesn't start, or doesn't answer.
 #[must_use]
-pub fn many(build: &Build) -> Table {
-    let mut series = Series::new(build.name(MANY));
+pub fn many(build: &Build, count: u16) -> Table {
+    let mut series = Series::new(build.name(&many_row(count)));
     if build.templates {
         build.make_template(0, None);
-        let pods: Vec<_> = (0..MANY_PODS)
+        let pods: Vec<_> = (0..count)
             .map(|n| start(build, true, &format!("many-{n}")))
             .collect();
         std::thread::sleep(SETTLES);
-        for n in 0..MANY_PODS {
+        for n in 0..count {
             let said = build
                 .hull
                 .ok(["exec", &format!("many-{n}"), "echo", "here"]);
@@ -150,4 +154,16 @@ pub fn many(build: &Build) -> Table {
         series.absent = Some(NO_TEMPLATES.to_owned());
     }
     Table::new(MANY_TITLE, "MiB", vec![series])
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[test]
+    fn the_target_is_of_as_many_pods_as_there_are_by_default() {
+        assert_eq!(many_row(Options::parse_from(["bench"]).pods), MANY);
+    }
 }

@@ -13,6 +13,9 @@ pub struct Options {
     /// How often each is measured [default: 5; with --short 1]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     rounds: Option<u16>,
+    /// How many idle pods there are at once
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..))]
+    pub pods: u16,
     /// Write all that was measured to this file
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,

@@ -1,6 +1,7 @@
 //! Pods that are put aside in a directory, and go on from there.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -408,4 +409,83 @@ fn a_snapshot_that_is_given_up_leaves_a_pod_that_goes_on() {
     assert!(again.contains("has a snapshot already"), "{again}");
     drop(pod);
     drop(restore(&hull, &new, "small"));
+}
+
+/// Reads on until `wanted` has come, in all.
+fn read_until(stream: &mut impl Read, printed: &mut String, wanted: impl Fn(&str) -> bool) {
+    let mut chunk = [0; 256];
+    while !wanted(printed) {
+        let read = stream.read(&mut chunk).unwrap();
+        assert!(read > 0, "it ended: {printed}");
+        printed.push_str(&String::from_utf8_lossy(&chunk[..read]));
+    }
+}
+
+#[test]
+fn terminals_outlast_a_snapshot() {
+    let hull = Hull::new();
+    let manifest = sleepers("terminal", &[("main", "")], "")
+        + "  - name: ticks
+    image: busybox
+    tty: true
+    stdin: true
+    command: [sh, -c, 'stty rows 7 cols 70; n=0; while :; do n=$((n+1)); echo $n; sleep 0.2; done']
+";
+    let directory = hull.work_dir().join("aside");
+    let pod = Pod::start(&hull, "terminal", &manifest);
+    let mut session = hull
+        .script("exec hull exec -it terminal -c main -- sh -c 'stty -echo; echo ready; exec cat'")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut typed = session.stdin.take().unwrap();
+    let mut stdout = session.stdout.take().unwrap();
+    let mut printed = String::new();
+    let last_of = |pod: &Pod<'_>| {
+        let logs = pod.logs("ticks");
+        let last = logs.lines().last().unwrap_or_default();
+        last.trim_end().parse::<u64>().unwrap_or_default()
+    };
+    read_until(&mut stdout, &mut printed, |printed| {
+        printed.contains("ready")
+    });
+    typed.write_all(b"before\n").unwrap();
+    read_until(&mut stdout, &mut printed, |printed| {
+        printed.contains("before")
+    });
+    eventually("it ticks", LIMIT, || (last_of(&pod) > 3).then_some(()));
+
+    snapshot(&hull, "terminal", &directory);
+
+    // The pod's own go on.
+    typed.write_all(b"after\n").unwrap();
+    read_until(&mut stdout, &mut printed, |printed| {
+        printed.contains("after")
+    });
+    let before = last_of(&pod);
+    eventually("it ticks", LIMIT, || (last_of(&pod) > before).then_some(()));
+    drop(typed);
+    assert!(session.wait().unwrap().success());
+
+    // A copy's container goes on with its terminal; of the session, which is nobody's there, nothing is left.
+    let copy = restore(&hull, &directory, "copy");
+    let before = last_of(&copy);
+    assert!(before > 3);
+    eventually("it ticks", LIMIT, || {
+        (last_of(&copy) > before).then_some(())
+    });
+    assert_eq!(copy.sh("ticks", "stty size < /proc/1/fd/0"), "7 70");
+    eventually("the session has ended", LIMIT, || {
+        let processes = copy.sh("main", "ps -o comm");
+        (!processes.lines().any(|name| name == "cat")).then_some(())
+    });
+    let inside = "exec hull exec -it copy -c main -- sh -c 'tty; stty size; exit 5'";
+    let output = hull
+        .script(&format!("stty rows 33 cols 111; {inside}"))
+        .output()
+        .unwrap();
+    let printed = String::from_utf8_lossy(&output.stdout);
+    assert!(printed.contains("33 111"), "{printed}");
+    assert_eq!(output.status.code(), Some(5), "{printed}");
 }

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use hull_machine::client::Machine;
 use hull_machine::memory::working_set::WorkingSet;
 use jiff::Timestamp;
+use rustix::fs::{FlockOperation, flock};
 
 use super::{TemplateError, Templates, io_error};
 use crate::state::replace_file;
@@ -43,7 +44,14 @@ impl Recording {
             Some(description) if description.created_at == self.created_at => {}
             _ => return Ok(()),
         }
-        let path = self.templates.root.join(&self.id).join(NAME);
+        let directory = self.templates.root.join(&self.id);
+        let opened = File::open(&directory);
+        let opened = opened.map_err(io_error(|| format!("opening {}", directory.display())))?;
+        // Of those that started together one is enough.
+        if flock(&opened, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Ok(());
+        }
+        let path = directory.join(NAME);
         let text = serde_json::to_vec(accessed)
             .map_err(|error| io_error(|| format!("writing {}", path.display()))(error.into()))?;
         Ok(replace_file(&path, &text)?)
