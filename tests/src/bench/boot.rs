@@ -55,13 +55,13 @@ fn qemu(kernel: &Path, initramfs: &Path, console: Console) -> Command {
         Console::Serial => command
             .args(["-M", "microvm,pic=off,pit=off,rtc=off"])
             .args(["-serial", "stdio"])
-            .args(["-append", "console=ttyS0 quiet panic=-1"]),
+            .args(["-append", "console=ttyS0 quiet panic=-1 noreplace-smp"]),
         Console::Virtio => command
             .args(["-M", "microvm,pcie=on,pic=off,pit=off,rtc=off"])
             .args(["-device", "virtio-serial-pci"])
             .args(["-chardev", "stdio,id=console"])
             .args(["-device", "virtconsole,chardev=console"])
-            .args(["-append", "console=hvc0 quiet panic=-1"]),
+            .args(["-append", "console=hvc0 quiet panic=-1 noreplace-smp"]),
     };
     command
         .arg("-kernel")
@@ -82,7 +82,7 @@ fn cloud_hypervisor(program: &Path, kernel: &Path, initramfs: &Path) -> Command 
     command
         .args(["--cpus", "boot=1", "--memory", "size=256M"])
         .args(["--console", "tty", "--serial", "off"])
-        .args(["--cmdline", "console=hvc0 quiet panic=-1"])
+        .args(["--cmdline", "console=hvc0 quiet panic=-1 noreplace-smp"])
         .arg("--kernel")
         .arg(kernel)
         .arg("--initramfs")

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::scaled;
 
 /// What it has by itself, and a console.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=k nomodule pci=off i8042.noaux i8042.nomux \
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 noreplace-smp reboot=k nomodule pci=off i8042.noaux i8042.nomux \
                        i8042.dumbkbd swiotlb=noforce";
 /// The longest that it may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -18,7 +18,7 @@ fn main() {
     };
     let kernel = open("KERNEL");
     let initramfs = open("INITRAMFS");
-    let cmdline = args.fold("console=hvc0 quiet panic=-1".to_owned(), |line, more| {
+    let cmdline = args.fold("console=hvc0 quiet panic=-1 noreplace-smp".to_owned(), |line, more| {
         line + " " + &more
     });
     let kvm = File::options()

@@ -20,7 +20,7 @@ const CID: u32 = 3;
 /// Legacy devices that this machine doesn't have are not looked for. The agent brings the other processors up, so that
 /// those of a template never ran and a clone can do without.
 pub const CMDLINE: &str = "console=hvc0 loglevel=4 panic=-1 reboot=acpi random.trust_cpu=on \
-                       8250.nr_uarts=0 cgroup_no_v1=all maxcpus=1";
+                       8250.nr_uarts=0 cgroup_no_v1=all maxcpus=1 noreplace-smp";
 
 /// Where a machine begins.
 #[derive(Debug)]
