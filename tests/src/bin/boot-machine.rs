@@ -18,9 +18,10 @@ fn main() {
     };
     let kernel = open("KERNEL");
     let initramfs = open("INITRAMFS");
-    let cmdline = args.fold("console=hvc0 quiet panic=-1 noreplace-smp".to_owned(), |line, more| {
-        line + " " + &more
-    });
+    let cmdline = args.fold(
+        "console=hvc0 quiet panic=-1 noreplace-smp".to_owned(),
+        |line, more| line + " " + &more,
+    );
     let kvm = File::options()
         .read(true)
         .write(true)

@@ -18,7 +18,8 @@ pub const SHARE_TAG: &str = "hull";
 const CID: u32 = 3;
 /// A panic is told by pvpanic once its driver is there, and before that by the reset that follows.
 /// Legacy devices that this machine doesn't have are not looked for. The agent brings the other processors up, so that
-/// those of a template never ran and a clone can do without.
+/// those of a template never ran and a clone can do without. A kernel with one processor would take the lock prefixes
+/// out of its code, thousands of them, and put them back for the second.
 pub const CMDLINE: &str = "console=hvc0 loglevel=4 panic=-1 reboot=acpi random.trust_cpu=on \
                        8250.nr_uarts=0 cgroup_no_v1=all maxcpus=1 noreplace-smp";
 
