@@ -10,14 +10,15 @@ use hull_tests::network::{bridge, host_network};
 use hull_tests::pod::Pod;
 use hull_tests::{eventually, scaled};
 
-const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-const ANY: u16 = 18100;
+pub const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+pub const ANY: u16 = 18100;
 const LOCAL: u16 = 18101;
 /// Connections in all, and of those so many at a time.
 const CONNECTIONS: usize = 1000;
 const AT_ONCE: usize = 50;
 
-fn published(name: &str) -> String {
+/// A pod that echoes, with ports of the host's.
+pub fn published(name: &str) -> String {
     format!(
         "apiVersion: v1
 kind: Pod
@@ -45,7 +46,7 @@ fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
 }
 
 /// Whether a connection echoes.
-fn echoes(address: SocketAddr) -> bool {
+pub fn echoes(address: SocketAddr) -> bool {
     let echo = || -> std::io::Result<bool> {
         let mut stream = connect(address)?;
         stream.write_all(b"hello")?;
@@ -56,7 +57,8 @@ fn echoes(address: SocketAddr) -> bool {
     echo().unwrap_or(false)
 }
 
-fn echoes_datagrams(address: SocketAddr) -> bool {
+/// Whether a datagram comes back.
+pub fn echoes_datagrams(address: SocketAddr) -> bool {
     let any: IpAddr = if address.is_ipv4() {
         Ipv4Addr::UNSPECIFIED.into()
     } else {

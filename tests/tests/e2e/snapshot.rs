@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -9,8 +10,11 @@ use std::time::Duration;
 use hull_tests::eventually;
 use hull_tests::host::signal;
 use hull_tests::hull::{Hull, assert_success};
+use hull_tests::network::host_network;
 use hull_tests::pod::{Pod, sleepers};
 use rustix::process::Signal;
+
+use crate::ports::{ANY, LOCALHOST, echoes, echoes_datagrams, published};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -409,6 +413,50 @@ fn a_snapshot_that_is_given_up_leaves_a_pod_that_goes_on() {
     assert!(again.contains("has a snapshot already"), "{again}");
     drop(pod);
     drop(restore(&hull, &new, "small"));
+}
+
+#[test]
+fn a_restored_pod_has_ports_of_its_own() {
+    /// The copy's.
+    const OTHER: u16 = ANY + 50;
+    let _host = host_network();
+    let hull = Hull::with_images(&["network"]);
+    let directory = hull.work_dir().join("aside");
+    let pod = Pod::start(&hull, "published", &published("published"));
+    let answers = |port| {
+        let address = SocketAddr::new(LOCALHOST, port);
+        echoes(address) && echoes_datagrams(address)
+    };
+    eventually("the server is there", LIMIT, || answers(ANY).then_some(()));
+    snapshot(&hull, "published", &directory);
+
+    // Beside its pod it can't have the same ones.
+    let taken = refused(&hull, &["restore", text(&directory), "--name", "copy"], 2);
+    assert!(
+        taken.contains(&ANY.to_string()) && taken.contains("--publish"),
+        "{taken}"
+    );
+    let (tcp, udp) = (format!("{OTHER}:7000"), format!("{OTHER}:7000/udp"));
+    let published = ["--publish", &tcp, "--publish", &udp];
+    let args = ["restore", text(&directory), "--name", "copy"];
+    let _ = hull.ok(args.iter().chain(&published));
+    let copy = Pod::running(&hull, "copy");
+    eventually("the copy answers", LIMIT, || answers(OTHER).then_some(()));
+    assert!(answers(ANY));
+
+    // Each by its own address, too.
+    for pod in [&pod, &copy] {
+        let address = SocketAddr::new(pod.addresses()[0], 7000);
+        assert!(echoes(address) && echoes_datagrams(address), "{address}");
+    }
+    drop(pod);
+    assert!(answers(OTHER));
+    assert!(!answers(ANY));
+    // In place of its pod it has those that the pod had.
+    drop(copy);
+    let _pod = restore(&hull, &directory, "published");
+    eventually("it answers", LIMIT, || answers(ANY).then_some(()));
+    assert!(!answers(OTHER));
 }
 
 /// Reads on until `wanted` has come, in all.

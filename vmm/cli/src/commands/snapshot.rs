@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use hull_pod::client::Client;
 use hull_pod::images::{ImageError, Store};
-use hull_pod::networks::{Netavark, Networks};
-use hull_pod::snapshots::{Snapshot, Unfinished};
+use hull_pod::networks::{Netavark, Networks, Publication};
+use hull_pod::snapshots::{Contents, Snapshot, Unfinished};
 use hull_pod::state::{Claim, Liveness, Phase, PodRecord, PodStatus, Registry};
 use hull_pod::supervisor::Installation;
 use hull_pod::text::chain;
@@ -35,7 +35,7 @@ pub struct SnapshotArgs {
 /// Let a pod go on that hull snapshot has put aside, and print its name
 ///
 /// It is a new pod of the same name, unless --name gives another, with an address of its own: connections have ended,
-/// and all else goes on. One snapshot can be restored any number of times. While such pods run, the directory may be
+/// and all else goes on. The ports of the host that it had are its again, and must be free. One snapshot can be restored any number of times. While such pods run, the directory may be
 /// removed, but not changed.
 #[derive(Debug, clap::Args)]
 pub struct RestoreArgs {
@@ -44,6 +44,9 @@ pub struct RestoreArgs {
     /// Another name than the pod had; its hostname stays
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
+    /// Make a port of the pod the host's, and none of those that it had: [IP:]HOST:CONTAINER[/tcp|udp]
+    #[arg(short, long, value_name = "PORTS")]
+    publish: Vec<Publication>,
 }
 
 pub fn snapshot(host: &Host, args: &SnapshotArgs) -> Result<(), Failure> {
@@ -83,12 +86,27 @@ pub fn restore(host: &Host, args: RestoreArgs) -> Result<(), Failure> {
             .renamed(name)
             .map_err(|why| Failure::Input(format!("--name: {why}")))?;
     }
+    publish(&mut snapshot.contents, args.publish)?;
     examine(host, &args.directory, &snapshot)?;
     let registry = host.registry()?;
     pods::runtime()?.block_on(async {
         let client = start(host, &registry, snapshot)?;
         goes_on(&client).await
     })
+}
+
+/// Gives a pod other ports of the host than it had, if there are any.
+fn publish(contents: &mut Contents, ports: Vec<Publication>) -> Result<(), Failure> {
+    match ports.first() {
+        Some(port) if contents.networks.is_empty() => Err(Failure::Input(format!(
+            "--publish {port}: the pod has no network"
+        ))),
+        Some(_) => {
+            contents.ports = ports;
+            Ok(())
+        }
+        None => Ok(()),
+    }
 }
 
 /// Refuses what can be known before anything is started.

@@ -104,7 +104,7 @@ impl Asked {
     #[must_use]
     pub fn by_snapshot(publication: Publication) -> Self {
         Self {
-            origin: format!("the snapshot's port {publication}"),
+            origin: format!("the snapshot's port {publication} (--publish gives others)"),
             publication,
         }
     }
