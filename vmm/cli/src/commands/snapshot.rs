@@ -35,8 +35,8 @@ pub struct SnapshotArgs {
 /// Let a pod go on that hull snapshot has put aside, and print its name
 ///
 /// It is a new pod of the same name, unless --name gives another, with an address of its own: connections have ended,
-/// and all else goes on. The ports of the host that it had are its again, and must be free. One snapshot can be restored any number of times. While such pods run, the directory may be
-/// removed, but not changed.
+/// and all else goes on. The ports of the host that it had are its again, and must be free; --publish gives others. One
+/// snapshot can be restored any number of times. While such pods run, the directory may be removed, but not changed.
 #[derive(Debug, clap::Args)]
 pub struct RestoreArgs {
     #[arg(value_name = "DIR")]
