@@ -24,7 +24,7 @@ pub struct Digest {
 }
 
 impl Digest {
-    /// Reads the whole file.
+    /// Reads the whole file, and leaves it to be read from its beginning.
     ///
     /// # Errors
     /// When it can't be read.
@@ -48,6 +48,8 @@ impl Digest {
                 position += block.len() as u64;
             }
         }
+        // Looking for holes moves it.
+        seek(file, SeekFrom::Start(0))?;
         let bytes = hash.finalize();
         Ok(Self {
             size,
@@ -115,6 +117,15 @@ mod tests {
             digest(&[], SIZE),
         ] {
             assert_ne!(other, whole);
+        }
+    }
+
+    #[test]
+    fn the_file_is_read_from_its_beginning_then() {
+        for length in [0, CHUNK, 3 * CHUNK + 1] {
+            let mut file = file(&[(0, &vec![1; length])], length as u64);
+            let _ = Digest::of(&file).unwrap();
+            assert_eq!(file.stream_position().unwrap(), 0, "{length}");
         }
     }
 
