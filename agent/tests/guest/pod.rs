@@ -57,11 +57,13 @@ async fn the_kernels_random_numbers_are_made_new(world: World) {
 }
 
 async fn a_waiting_call_holds_up_no_other(world: World) {
-    let mut missing = world.stdio(false).await.numbers;
-    missing.stdout = 999_999;
+    let stdio = world.stdio(false).await;
+    let late = world.stream_number();
+    let mut numbers = stdio.numbers.clone();
+    numbers.stdout = late;
     let waiting = {
         let world = world.clone();
-        tokio::spawn(async move { world.create("p1", &spec(&["true"]), missing).await })
+        tokio::spawn(async move { world.create("p1", &spec(&["true"]), numbers).await })
     };
     let started = std::time::Instant::now();
     world
@@ -72,8 +74,11 @@ async fn a_waiting_call_holds_up_no_other(world: World) {
     let (exit, ..) = world.output("p2", &spec(&["true"])).await;
     assert_eq!(exit.exit_code, 0);
     assert!(!waiting.is_finished(), "{:?}", started.elapsed());
-    let error = waiting.await.unwrap().unwrap_err();
-    assert!(error.to_string().contains("stream 999999"), "{error}");
+    let _stdout = world.open_stream(late).await;
+    waiting.await.unwrap().unwrap();
+    world.start("p1").await.unwrap();
+    assert_eq!(world.wait("p1", "").await.exit_code, 0);
+    world.remove("p1").await.unwrap();
 }
 
 async fn infra_starts_once(world: World) {

@@ -144,12 +144,20 @@ impl World {
     }
 
     pub async fn stream(&self) -> (Endpoint, u64) {
-        let number = self.next_stream.fetch_add(1, Ordering::Relaxed);
+        let number = self.stream_number();
+        (self.open_stream(number).await, number)
+    }
+
+    pub fn stream_number(&self) -> u64 {
+        self.next_stream.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub async fn open_stream(&self, number: u64) -> Endpoint {
         let (ours, theirs) = socket_pair();
         self.agent.take_stream(theirs);
         ours.write_all(&STREAM_MAGIC).await.unwrap();
         ours.write_all(&number.to_le_bytes()).await.unwrap();
-        (ours, number)
+        ours
     }
 
     pub async fn create(&self, id: &str, spec: &Value, numbers: Streams) -> ttrpc::Result<u32> {

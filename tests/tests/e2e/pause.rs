@@ -76,6 +76,10 @@ fn connections_outlast_a_pause() {
 fn a_paused_pod_is_stopped_in_order() {
     let hull = Hull::new();
     let pod = Pod::start(&hull, "echo", ECHO);
+    // What its shell has no trap for yet, a process 1 doesn't even notice.
+    eventually("it counts", Duration::from_secs(10), || {
+        (!pod.logs("count").is_empty()).then_some(())
+    });
     let _ = hull.ok(["pause", "echo"]);
 
     let _ = hull.ok(["stop", "echo"]);
