@@ -88,7 +88,10 @@ pub fn pods_in(dir: &Path) -> Vec<String> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Footprint {
     pub descriptors: usize,
+    /// But for those that are counted next.
     pub threads: usize,
+    /// Threads that serve a share's requests, which `hull-vmm` makes as they are needed, and keeps.
+    pub fs_workers: usize,
     pub mounts: usize,
 }
 
@@ -101,9 +104,15 @@ pub fn footprint(pid: i32) -> Footprint {
             .expect("the process exists")
             .count()
     };
+    let fs_workers = std::fs::read_dir(format!("/proc/{pid}/task"))
+        .expect("the process exists")
+        .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok())
+        .filter(|name| name.starts_with("fs-request"))
+        .count();
     Footprint {
         descriptors: count("fd"),
-        threads: count("task"),
+        threads: count("task").saturating_sub(fs_workers),
+        fs_workers,
         mounts: std::fs::read_to_string(format!("/proc/{pid}/mountinfo"))
             .expect("the process exists")
             .lines()
